@@ -4,8 +4,9 @@
     python benchmarks/alignment.py --lengths 256 --repeats 2 --layers 2      # a quick look
     python benchmarks/alignment.py --device cuda --dtype bfloat16
 
-One JSON: seconds per step (forward + backward; median of interleaved repeats in one process, so that a busy machine slows all ways alike) and peak
-memory (one process per way and length), each with its ratio to plain SDPA, and how far loss and gradients lie from the eager ones.
+One JSON: seconds per step (forward + backward; median of interleaved repeats in one process, the order turning, so that a busy machine slows all ways
+alike) and peak memory (a process per way and length), each with its ratio to plain SDPA, and how far loss and gradients lie from the eager ones.
+`time_ratio` is the median of the ratios within each round.
 """
 import argparse, json, os, platform, resource, statistics, subprocess, sys, time
 from datetime import datetime, timezone
@@ -72,7 +73,7 @@ def times(a, length):
     model, batch = build(a, length)
     losses, gradients, seconds = {}, {}, {w: [] for w in a.ways}
     for r in range(a.repeats + 1):
-        for w in a.ways:
+        for w in a.ways[r % len(a.ways):] + a.ways[:r % len(a.ways)]:
             s, losses[w] = run(w, model, batch)
             if r: seconds[w].append(s)
             else: gradients[w] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
@@ -99,15 +100,18 @@ MEASURES = {'times': times, 'memory': memory}
 def child(measure, argv, length, ways):
     "Run one measure in a process of its own: a peak is per process, and this parent never loads torch."
     command = [sys.executable, __file__, *argv, '--measure', measure, '--lengths', str(length), '--ways', *ways]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    # glibc raises its mmap threshold as it goes and then keeps freed blocks: resident memory would depend on luck (measured: 1.0 or 1.2 GB for the same step)
+    env = os.environ | ({'MALLOC_MMAP_THRESHOLD_': '262144'} if measure == 'memory' else {})
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.splitlines()[-1])
 
 
 def row(a, argv, length):
     "Everything measured at one length, with ratios to plain SDPA."
     timed, peaks = child('times', argv, length, a.ways), {w: child('memory', argv, length, [w]) for w in a.ways}
-    ways = {w: {'seconds': statistics.median(timed['seconds'][w]), 'all_seconds': timed['seconds'][w], **peaks[w]} for w in a.ways}
-    for v in ways.values(): v |= {'time_ratio': v['seconds']/ways[a.ways[0]]['seconds'], 'memory_ratio': v['peak_mb']/ways[a.ways[0]]['peak_mb']}
-    return {'tokens': length, 'ways': ways, 'channels_minus_eager': timed.get('channels_minus_eager')}
+    seconds, first = timed.pop('seconds'), a.ways[0]
+    ways = {w: {'seconds': statistics.median(seconds[w]), 'time_ratio': statistics.median(s/t for s, t in zip(seconds[w], seconds[first])), 'all_seconds': seconds[w],
+                **peaks[w], 'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb']} for w in a.ways}
+    return {'tokens': length, 'ways': ways, **timed}
 
 
 def parse(argv):

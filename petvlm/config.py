@@ -167,11 +167,16 @@ def _pick(params: dict, section: str, name: str) -> dict:
     if name not in params[section]: raise ConfigError(f"{section}.{name}: unknown, expected one of {sorted(params[section])}")
     return params[section][name] or {}
 
+def _scale(params: dict, name: str) -> list[dict]:
+    "The layers of a scale: those of the scale it is `like`, then its own."
+    own = dict(_pick(params, 'scales', name)); like = own.pop('like', None)
+    return (_scale(params, like) if like else []) + [own]
+
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
     "The point `point` of `params.yaml` at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key."
     params = params or load_params()
     spec, scale = _pick(params, 'points', point), scale or params['scale']
-    layers = [params['base'], _pick(params, 'systems', spec['system']), _pick(params, 'scales', scale), _pick(params, 'ablations', spec['ablation'])]
+    layers = [params['base'], _pick(params, 'systems', spec['system']), *_scale(params, scale), _pick(params, 'ablations', spec['ablation'])]
     values = {}
     for layer in layers: values = merge(values, layer)
     values['stages'] = {k: {'name': k, **v} for k, v in values['stages'].items() if v is not None}

@@ -30,6 +30,7 @@ def _header(path: Path) -> pydicom.Dataset | None:
     except InvalidDicomError: return None
     return ds if 'SeriesInstanceUID' in ds else None
 
+# %% ../nbs/03_dicom.ipynb #91369cfa
 @dataclass(frozen=True, eq=False)
 class SeriesInfo:
     "One series: what it is, where it lies, and its headers (pixels unread). Made by `find_series`."
@@ -72,6 +73,7 @@ def _info(found: list[tuple[Path, pydicom.Dataset]]) -> SeriesInfo:
     return SeriesInfo(text('SeriesInstanceUID'), text('Modality'), text('SeriesDescription'), text('StudyInstanceUID'), text('FrameOfReferenceUID'),
                       files, headers, corrected, why)
 
+# %% ../nbs/03_dicom.ipynb #b589ee96
 def find_series(folder) -> SeriesList:
     """Every DICOM series below `folder`, whatever the folders and names, sorted by modality and description.
 
@@ -193,6 +195,7 @@ def _only_image(folder) -> SeriesInfo:
     listed = '; '.join(f"{s.modality} '{s.description}' ({len(s)} files)" for s in images) or 'none'
     raise DicomError(f"{folder} holds {len(images)} PT or CT series: {listed}. Choose one of find_series(folder) and pass that")
 
+# %% ../nbs/03_dicom.ipynb #56bb3c5d
 def read_series(source, suv_type: str = 'bw', **overrides) -> Volume:
     """A canonical `Volume` (D, H, W) of one series: PT in SUVbw, CT in HU, affine from the headers, provenance in `meta` (no patient identifier).
 

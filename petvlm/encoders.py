@@ -5,16 +5,15 @@
 # %% ../nbs/11_encoders.ipynb #72f7fa1a
 from __future__ import annotations
 import math
-from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .codebook import CosineCodebook
 from .tokens import Tokens
 
 # %% auto #0
 __all__ = ['ENCODERS', 'EncoderError', 'lattice_of', 'patchify', 'ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention',
-           'OffsetBias', 'AxialTransformer', 'Quantised', 'CosineCodebook', 'PatchStem', 'CTViT', 'SelfAttention',
-           'Block', 'ViT3D', 'build_encoder']
+           'OffsetBias', 'AxialTransformer', 'PatchStem', 'CTViT', 'SelfAttention', 'Block', 'ViT3D', 'build_encoder']
 
 # %% ../nbs/11_encoders.ipynb #d446d93a
 class EncoderError(ValueError):
@@ -85,6 +84,7 @@ def _lattice(y: Tensor, axis: str, shape) -> Tensor:
     y = y.transpose(1, 2).flatten(2)
     return y.view(b, d, h, w, -1) if axis == 'space' else y.view(b, h, w, d, -1).permute(0, 3, 1, 2, 4)
 
+# %% ../nbs/11_encoders.ipynb #3279205e
 class CosineAttention(nn.Module):
     "Cosine-similarity attention over `(B, d, h, w, C)` along `axis` 'space' or 'time'; `bias` (H, tokens, tokens) is added to the logits."
     def __init__(self, dim: int, heads: int, dim_head: int, axis: str, kv_normed: bool = False):
@@ -146,47 +146,6 @@ class AxialTransformer(nn.Module):
             x = x + layer['attn'](x, bias)
             x = x + layer['ff'](x)
         return self.norm(x)
-
-# %% ../nbs/11_encoders.ipynb #ab84a669
-class Quantised(NamedTuple):
-    "Codes `x` (..., C), their numbers `ids` (...), and the commitment loss (a scalar; CT-CLIP computes and discards it)."
-    x: Tensor
-    ids: Tensor
-    commitment: Tensor
-
-# %% ../nbs/11_encoders.ipynb #65bde143
-class CosineCodebook(nn.Module):
-    "Vector quantisation by cosine similarity, codes kept as an exponential moving average. Equal to vector-quantize-pytorch 1.1.2 with `use_cosine_sim`."
-    def __init__(self, dim: int, size: int, decay: float = .8, chunk: int = 4096):
-        super().__init__()
-        self.decay, self.chunk, self.frozen = decay, chunk, False
-        self.register_buffer('embed', F.normalize(torch.randn(size, dim), dim=-1))
-        self.register_buffer('cluster_size', torch.zeros(size))
-
-    def nearest(self, x: Tensor) -> Tensor:
-        "Numbers of the nearest codes of rows `x` (M, C); in chunks, since 13,824 tokens x 8,192 codes are 450 MB."
-        codes = F.normalize(self.embed, dim=-1).T
-        return torch.cat([(F.normalize(rows, dim=-1) @ codes).argmax(-1) for rows in x.split(self.chunk)])
-
-    def forward(self, x: Tensor, learn: bool = False) -> Quantised:
-        "Codes of `x` (..., C). With `learn` the gradient goes straight through, and the codes follow unless `frozen`."
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):   # float32 whatever the model's dtype
-            rows = x.float().flatten(0, -2)
-            ids = self.nearest(rows)
-            codes = self.embed[ids].view(x.shape).to(x.dtype)
-            if learn and not self.frozen: self.follow(rows, ids)
-        loss = F.mse_loss(x, codes)
-        return Quantised(x + (codes - x).detach() if learn else codes, ids.view(x.shape[:-1]), loss)
-
-# %% ../nbs/11_encoders.ipynb #57934654
-@patch
-def follow(self: CosineCodebook, x: Tensor, ids: Tensor) -> None:
-    "One step of the codes towards the mean direction of the rows `x` (M, C) that chose them (`ids`); codes that nobody chose stay."
-    count = torch.bincount(ids, minlength=len(self.embed)).to(x.dtype)
-    total = torch.zeros_like(self.embed).index_add_(0, ids, F.normalize(x, dim=-1))
-    mean = torch.where(count[:, None] > 0, F.normalize(total, dim=-1), F.normalize(self.embed, dim=-1))
-    self.cluster_size.lerp_(count, 1 - self.decay)
-    self.embed.lerp_(mean, 1 - self.decay)
 
 # %% ../nbs/11_encoders.ipynb #dc7d5a63
 class PatchStem(nn.Sequential):

@@ -31,6 +31,18 @@ class Organ(NamedTuple):
     phantom: bool = True    # the phantom may put findings here
 
 # %% ../nbs/02_findings.ipynb #12d07e26
+_MORE = (
+    ('sinus', 'xoang', 'paranasal sinus', 'head_neck', True), ('pharynx', 'hầu họng', 'pharynx', 'head_neck', False), ('tongue', 'lưỡi', 'tongue', 'head_neck', False),
+    ('larynx', 'thanh quản', 'larynx', 'head_neck', False), ('jaw', 'xương hàm', 'jaw', 'head_neck', True), ('cervical_spine', 'cột sống cổ', 'cervical spine', 'head_neck', False),
+    ('heart', 'tim', 'heart', 'chest', False), ('pericardium', 'màng tim', 'pericardium', 'chest', False), ('breast', 'vú', 'breast', 'chest', True), ('sternum', 'xương ức', 'sternum', 'chest', False),
+    ('scapula', 'xương bả vai', 'scapula', 'chest', True), ('clavicle', 'xương đòn', 'clavicle', 'chest', True), ('chest_wall', 'thành ngực', 'chest wall', 'chest', True),
+    ('stomach', 'dạ dày', 'stomach', 'abdomen_pelvis', False), ('bowel', 'ruột non', 'small bowel', 'abdomen_pelvis', False), ('rectum', 'trực tràng', 'rectum', 'abdomen_pelvis', False),
+    ('pancreas', 'tụy', 'pancreas', 'abdomen_pelvis', False), ('peritoneum', 'phúc mạc', 'peritoneum', 'abdomen_pelvis', False), ('bladder', 'bàng quang', 'bladder', 'abdomen_pelvis', False),
+    ('uterus', 'tử cung', 'uterus', 'abdomen_pelvis', False), ('ovary', 'buồng trứng', 'ovary', 'abdomen_pelvis', True), ('prostate', 'tiền liệt tuyến', 'prostate', 'abdomen_pelvis', False),
+    ('sacrum', 'xương cùng', 'sacrum', 'abdomen_pelvis', False), ('femur', 'xương đùi', 'femur', 'abdomen_pelvis', True), ('mesenteric_node', 'hạch mạc treo', 'mesenteric node', 'abdomen_pelvis', False))
+_EXTRA = {key: Organ(*words, phantom=False) for key, *words in _MORE}
+
+# %% ../nbs/02_findings.ipynb #a144db41
 ORGANS = MappingProxyType({
     'brain': Organ('não', 'brain', 'head_neck', True), 'nasopharynx': Organ('vòm họng', 'nasopharynx', 'head_neck', False),
     'tonsil': Organ('amidan', 'tonsil', 'head_neck', True), 'thyroid': Organ('tuyến giáp', 'thyroid', 'head_neck', True),
@@ -45,7 +57,7 @@ ORGANS = MappingProxyType({
     'kidney': Organ('thận', 'kidney', 'abdomen_pelvis', True), 'colon': Organ('đại tràng', 'colon', 'abdomen_pelvis', False),
     'retroperitoneal_node': Organ('hạch sau phúc mạc', 'retroperitoneal node', 'abdomen_pelvis', False), 'iliac_node': Organ('hạch chậu', 'iliac node', 'abdomen_pelvis', True),
     'inguinal_node': Organ('hạch bẹn', 'inguinal node', 'abdomen_pelvis', True), 'lumbar_spine': Organ('cột sống thắt lưng', 'lumbar spine', 'abdomen_pelvis', False),
-    'iliac_bone': Organ('xương chậu', 'iliac bone', 'abdomen_pelvis', True)})
+    'iliac_bone': Organ('xương chậu', 'iliac bone', 'abdomen_pelvis', True)} | _EXTRA)
 
 # %% ../nbs/02_findings.ipynb #5a3ce8d9
 class Kind(NamedTuple):

@@ -66,6 +66,7 @@ def _peak(suv, inside, box, kernel) -> float:
     back = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wide))
     return float(mean[back][inside].max())
 
+# %% ../nbs/04_lesions.ipynb #94b996fe
 def measure(pet: Volume, labels: Volume) -> list[Lesion]:
     """Every label of `labels` (D, H, W; 0 = background) measured on `pet` (SUVbw, same grid), hottest first.
 

@@ -71,7 +71,7 @@ def mean_from_sums(sums: np.ndarray) -> np.ndarray:
 # %% ../nbs/30_metrics.ipynb #17b6e03d
 @dataclass(frozen=True)
 class Metric:
-    "How one number is made: `module` counts per sample (`petvlm/metric_modules/<module>.py`), `finish` turns summed counts into percent."
+    "How one number is made: `module` counts per sample (`petvlm/metric_<module>.py`), `finish` turns summed counts into percent."
     label: str
     module: str
     finish: Callable[[np.ndarray], np.ndarray]
@@ -90,14 +90,13 @@ METRICS: dict[str, Metric] = {
     'bertscore': _mean('BERTScore', 'bertscore', tokenizer=None)}
 
 # %% ../nbs/30_metrics.ipynb #69c7addb
-MODULES = Path(find_spec('petvlm').submodule_search_locations[0]) / 'metric_modules'
+MODULES = {p.stem.removeprefix('metric_'): p for p in Path(find_spec('petvlm').submodule_search_locations[0]).glob('metric_*.py')}
 
 @cache
 def load_metric(module: str) -> evaluate.EvaluationModule:
     "The `evaluate` module of that name, loaded from the package's own files; raises `MetricError` if there is none."
-    path = MODULES / f'{module}.py'
-    if not path.is_file(): raise MetricError(f"no metric module {module!r}; the package has {sorted(p.stem for p in MODULES.glob('[a-z]*.py'))}")
-    return evaluate.load(str(path), keep_in_memory=True)
+    if module not in MODULES: raise MetricError(f'no metric module {module!r}; the package has {sorted(MODULES)}')
+    return evaluate.load(str(MODULES[module]), keep_in_memory=True)
 
 # %% ../nbs/30_metrics.ipynb #aa045917
 def _checked(predictions, references, metrics, tokenizer):

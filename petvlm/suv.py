@@ -235,6 +235,7 @@ def _reference(headers, half_life: float, given: dict) -> tuple[list[datetime] |
     start, rule = scan_start(headers, half_life)
     return [start]*len(headers), rule, mode
 
+# %% ../nbs/02a_suv.ipynb #befe90c2
 def _from_activity(headers, given: dict, scale=1.) -> SUVProvenance:
     "BQML, and counts that `scale` turns into Bq/ml."
     weight, dose, (half_life, nuclide) = _weight(headers, given), _dose(headers, given), _half_life(headers, given)

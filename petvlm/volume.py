@@ -162,6 +162,7 @@ def _own_grid(vol: Volume, shape, spacing) -> tuple[tuple, np.ndarray]:
     affine[:3, 3] = vol.world(first)
     return tuple(int(s) for s in shape), affine
 
+# %% ../nbs/01_volume.ipynb #99bbc0de
 def resample(vol: Volume, shape=None, spacing=None, like: Volume | None = None, order: int = 1, fill: float | None = None) -> Volume:
     """`vol` on the grid of `like`, or its own box in `shape` (D, H, W) voxels or voxels of `spacing` mm.
 
@@ -232,12 +233,22 @@ def _coarse(ct: Volume, mm: float = 4.) -> Volume:
     if ct.unit != 'HU': raise VolumeError(f"needs a CT in HU, found unit {ct.unit}")
     return resample(ct, spacing=np.maximum(ct.spacing, mm))
 
+_IN_PLANE = np.pad(ndi.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))   # neighbours within a slice only
+
+def _fill(solid) -> np.ndarray:
+    "Holes closed slice by slice, in one labelling: what of the rest does not reach the edge of its slice."
+    labels, n = ndi.label(~solid, _IN_PLANE)
+    outside = np.zeros(n + 1, bool)
+    for edge in (labels[:, [0, -1]], labels[:, :, [0, -1]]): outside[edge] = True
+    outside[0] = False                                           # label 0 is the solid itself
+    return ~outside[labels]
+
 def _body(ct: Volume) -> np.ndarray:
     "Boolean body of a CT of 4 mm or coarser: dense voxels, holes closed slice by slice, then the largest thing left by an opening that lets go of the table."
     n, coarse = max(1, round(8/max(ct.spacing))), max(ct.spacing) > 6
     solid = ct.data > (-600 if coarse else -400)   # a chest wall thinner than a voxel averages to less; on fine grids -600 would take in the table's foam
     if coarse: solid = np.stack([ndi.binary_closing(np.pad(s, 2))[2:-2, 2:-2] for s in solid])
-    filled = np.stack([ndi.binary_fill_holes(s) for s in solid])   # fill before opening, which would eat a thin wall and drain the lungs
+    filled = _fill(solid)                     # before opening, which would eat a thin wall and drain the lungs
     body = _largest(ndi.binary_opening(filled, iterations=n))
     return ndi.binary_dilation(body, mask=filled, iterations=n) if body.any() else filled
 

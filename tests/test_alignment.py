@@ -106,6 +106,12 @@ def test_off_is_plain_sdpa_bit_for_bit():
     assert torch.equal(ours, plain)
 
 
+def test_generation_with_a_cache_is_that_of_sdpa():
+    ids, attended, *_ = batch('left')
+    ours, plain = (tiny('mistral', i).eval().generate(ids, attention_mask=attended, max_new_tokens=6, do_sample=False) for i in ('petvlm_mass', 'sdpa'))
+    assert torch.equal(ours, plain)
+
+
 def test_no_float_map_is_kept():
     ids, attended, slots, labels, regions = batch('none')
     shapes = []

@@ -1,0 +1,120 @@
+"CT-ViT and ViT3D are numerically those of the reference implementations; frozen codebooks stay; odd shapes work."
+import re
+import pytest, torch
+from parity import difference, expected, fixture, tensor, weights
+from petvlm.codebook import CosineCodebook
+from petvlm.encoders import CTViT, EncoderError, ViT3D, build_encoder
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+# reference key -> ours; the reference's unused layers (first frame, to_pixels, context_norm, empty null_kv) have no counterpart
+CTVIT = [(r'^to_patch_emb\.(\d)', lambda m: f'stem.{int(m[1]) - 1}'), (r'^spatial_rel_pos_bias\.net\.(\d)(\.0)?\.', r'bias.net.\1.'),
+         (r'^enc_(spatial|temporal)_transformer\.norm_out', r'\1.norm'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.0\.dsconv', r'\1.layers.\2.peg'),
+         (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.1\.', r'\1.layers.\2.attn.'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.0', r'\1.layers.\2.ff.0'),
+         (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.1', r'\1.layers.\2.ff.1'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.4', r'\1.layers.\2.ff.2'),
+         (r'^vq\._codebook\.', 'codebook.')]
+UNUSED = re.compile('first_frame|to_pixels|context_norm|null_kv|initted')
+VIT = [(r'^cls_token', 'cls'), (r'^patch_embedding\.position_embeddings', 'position'), (r'^patch_embedding\.patch_embeddings\.1', 'embed'),
+       (r'mlp\.linear1', 'mlp.0'), (r'mlp\.linear2', 'mlp.2'), (r'attn\.out_proj', 'attn.out')]
+
+def renamed(state: dict, rules) -> dict:
+    "A reference state dict under our names."
+    out = {}
+    for key, value in state.items():
+        if UNUSED.search(key): continue
+        for old, new in rules: key = re.sub(old, new, key)
+        out[key] = value[0] if key.startswith('codebook.') else value
+    return out
+
+def reference_ctvit(name: str) -> CTViT:
+    meta = fixture(name); c = meta['config']
+    size, p = c['image_size'], c['patch_size']
+    model = CTViT((meta['input']['video']['shape'][2], size, size), (c['temporal_patch_size'], p, p), dim=c['dim'], codebook_size=c['codebook_size'], dim_head=c['dim_head'],
+                  heads=c['heads'], spatial_depth=c['spatial_depth'], temporal_depth=c['temporal_depth'])
+    missing, unexpected = model.load_state_dict(renamed(weights(meta), CTVIT), strict=False)
+    assert not unexpected and missing == ['codebook.cluster_size']
+    return model.eval()
+
+def tapped(modules: dict, run) -> dict:
+    "The outputs of named `modules` while `run` is called."
+    seen = {}
+    hooks = [m.register_forward_hook(lambda _, __, y, k=k: seen.__setitem__(k, y)) for k, m in modules.items()]
+    seen['result'] = run()
+    for h in hooks: h.remove()
+    return seen
+
+@pytest.mark.parametrize('name', ['ctvit_reduced', 'ctvit_reduced_beta0', 'ctvit_full_20frames'])
+@torch.no_grad()
+def test_ctvit_equals_the_ct_clip_reference(name):
+    model, meta = reference_ctvit(name), fixture(name)
+    seen = tapped({'patch_tokens': model.stem, 'spatial_bias': model.bias, 'after_spatial': model.spatial}, lambda: model.features(tensor(meta['input']['video'])))
+    seen |= {'after_spatial': seen['after_spatial'].flatten(2, 3).flatten(0, 1), 'pre_vq': seen['result'].x}
+    for k in ('patch_tokens', 'spatial_bias', 'after_spatial', 'pre_vq'):
+        if k in meta['outputs']: assert difference(name, k, seen[k]).max() < 2e-5, k
+    ids = model.codebook(seen['pre_vq']).ids.view(1 if 'full' in name else 2, *model.grid)
+    clear = expected(name)['vq_top2_margin'].reshape(-1) > 1e-5            # near a tie the last bit decides
+    assert clear.mean() > .99 and not difference(name, 'codebook_ids', ids)[clear].any()
+
+@torch.no_grad()
+def test_ctvit_tokens_are_codes():
+    model, meta = reference_ctvit('ctvit_reduced'), fixture('ctvit_reduced')
+    t = model(tensor(meta['input']['video']))
+    assert difference('ctvit_reduced', 'tokens', t.x.unflatten(1, model.grid)).max() < 1e-6
+    assert difference('ctvit_reduced', 'time_mean_tokens', t.lattice().mean(2).permute(0, 2, 3, 1)).max() < 1e-6
+
+@pytest.mark.parametrize('name', ['m3d_vit_reduced', pytest.param('m3d_vit_full', marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_vit3d_equals_the_m3d_reference(name):
+    meta = fixture(name); c = meta['config']
+    model = ViT3D(c['img_size'], c['patch_size'], dim=c['hidden_size'], depth=c['num_layers'], heads=c['num_heads'], mlp_dim=c['mlp_dim']).eval()
+    model.load_state_dict(renamed(weights(meta), VIT))
+    hidden = {k: model.blocks[int(k.removeprefix('hidden'))] for k in meta['outputs'] if k.startswith('hidden')}
+    seen = tapped(hidden, lambda: model.sequence(tensor(meta['input']['x'])))
+    for k in hidden: assert difference(name, k, seen[k]).max() < 1e-4, k
+    assert difference(name, 'out', seen['result']).max() < 2e-5
+
+def test_codebook_learns_as_the_reference_does():
+    meta, name = fixture('vq_train_step'), 'vq_train_step'
+    book = CosineCodebook(64, 256)
+    book.embed.copy_(weights(meta)['_codebook.embed'][0])
+    x, cotangent = tensor(meta['input']['x']).requires_grad_(), tensor(meta['input']['cotangent'])
+    still = book(x)
+    out = book(x, learn=True)
+    straight, = torch.autograd.grad((out.x*cotangent).sum(), x, retain_graph=True)
+    commit, = torch.autograd.grad(out.commitment, x)
+    got = {'quantized': out.x, 'ids': out.ids, 'commit_loss': out.commitment[None], 'grad_straight_through': straight, 'grad_commit': commit,
+           'after:_codebook.cluster_size': book.cluster_size[None], 'after:_codebook.embed': book.embed[None], 'eval_quantized': still.x, 'eval_ids': still.ids}
+    for k, v in got.items(): assert difference(name, k, v).max() < 1e-6, k
+
+def test_a_frozen_codebook_survives_train():
+    model = CTViT((4, 8, 12), (2, 4, 4), dim=16, spatial_depth=1, temporal_depth=1, heads=2, dim_head=8, codebook_size=16).freeze_codebook()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    model.train(); model(torch.randn(2, 1, 4, 8, 12)).x.sum().backward()
+    assert all(torch.equal(before[k], v) for k, v in model.named_buffers())
+    model.freeze_codebook(False)(torch.randn(2, 1, 4, 8, 12))
+    assert not torch.equal(before['codebook.embed'], model.codebook.embed)
+
+OPTIONS = [{}, {'peg_scrambled': False, 'kv_normed': True}, {'patch_norm': False, 'patch_mlp': 12, 'position': 'learned'}, {'codebook_size': 16}]
+
+@pytest.mark.parametrize('kw', OPTIONS, ids=str)
+def test_every_option_runs_on_odd_shapes_and_reaches_every_parameter(kw):
+    model = CTViT((6, 10, 21), (2, 5, 3), channels=2, dim=16, spatial_depth=1, temporal_depth=1, heads=2, dim_head=8, **{'codebook_size': 0} | kw)
+    t = model(torch.randn(2, 2, 6, 10, 21)); (t.x*torch.randn_like(t.x)).sum().backward()
+    assert t.grid == model.grid == (3, 2, 7) and t.x.shape == (2, 42, 16)
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+def test_a_token_sees_the_volume_at_its_place():
+    model = ViT3D((4, 8, 12), (2, 4, 4), dim=16, depth=0, heads=2, mlp_dim=32)
+    x = torch.zeros(1, 1, 4, 8, 12); y = x.clone(); y[0, 0, 3, 5, 9] = 1                       # patch (1, 1, 2)
+    assert (model(y).lattice() - model(x).lattice()).abs().sum(1).nonzero().tolist() == [[0, 1, 1, 2]]
+
+@pytest.mark.parametrize('make', [lambda: build_encoder('resnet'), lambda: CTViT((4, 8, 9), (2, 4, 4)), lambda: CTViT((4, 8), (2, 4, 4)),
+                                  lambda: CTViT((4, 8, 8), (2, 4, 4), position='sine'), lambda: ViT3D((4, 8, 8), (2, 4, 4), dim=10, heads=4)])
+def test_what_cannot_be_built_says_why(make):
+    with pytest.raises(EncoderError, match=r'.{20,}'): make()
+
+def test_bfloat16_autocast_agrees_with_float32():
+    model, x = CTViT((4, 16, 16), (2, 4, 4), dim=32, spatial_depth=1, temporal_depth=1, heads=2, dim_head=16, codebook_size=0), torch.randn(1, 1, 4, 16, 16)
+    with torch.autocast('cpu', dtype=torch.bfloat16): low = model(x).x
+    assert (low.float() - model(x).x).abs().max() < .15
