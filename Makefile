@@ -31,10 +31,10 @@ $(STAMP): requirements.txt requirements-weights.txt pyproject.toml
 	touch $@
 
 data: env
-	$(BIN)/python -m petvlm.pipeline data
+	$(BIN)/python -m petvlm.cli data
 
 plan: env
-	$(BIN)/python -m petvlm.pipeline plan $(if $(SCALE),--scale $(SCALE))
+	$(BIN)/python -m petvlm.cli plan $(if $(SCALE),--scale $(SCALE))
 
 repro: plan data
 	$(BIN)/dvc repro
@@ -50,10 +50,10 @@ lab: env
 
 study: env
 	@test -n "$(DICOM)" || { echo "usage: make study DICOM=<folder with a PET and a CT series>"; exit 2; }
-	$(BIN)/python -m petvlm.pipeline study "$(DICOM)"
+	$(BIN)/python -m petvlm.cli study "$(DICOM)"
 
 lock: env
-	$(BIN)/python -m petvlm.pipeline lock
+	$(BIN)/python -m petvlm.cli lock
 
 clean:
 	rm -rf runs reports tables/smoke figures/smoke

@@ -144,7 +144,7 @@ def _layers(sex: str, arms: str, scale, z0: float, fat: float, up: dict) -> list
     out += [Part('muscle', c, 55, up['muscle']) for c in (*both(LEG, fat=-4), col(TRUNK, .3))]
     return out + [Part('fat', col(CAVITY, .3), -98, up['fat'])] + lungs
 
-def _moved(rng, name: str, shape: Ellipsoid, sd=(3., 3., 4.), size=.07) -> tuple[Ellipsoid, tuple]:
+def _moved(rng, shape: Ellipsoid, sd=(3., 3., 4.), size=.07) -> tuple[Ellipsoid, tuple]:
     "The organ displaced by up to `sd` mm and resized by up to `size`; also the displacement."
     d = tuple(float(v) for v in rng.uniform(-1, 1, 3)*sd)
     return Ellipsoid(tuple(c + s for c, s in zip(shape.centre, d)), tuple(float(r*f) for r, f in zip(shape.radii, rng.uniform(1 - size, 1 + size, 3)))), d
@@ -155,7 +155,7 @@ def _organs(rng, table, scale, z0: float, up: dict) -> tuple[list[Part], dict]:
     for row, (x, y, z), radii, hu, suv, paired in table:
         for name, m in _sides(row, paired):
             r = tuple(r*s for r, s in zip(radii, (_girth(z, scale[0]), _girth(z, scale[1]), scale[2])))
-            shape, shift[name] = _moved(rng, name, Ellipsoid(_place((m*x, y, z), scale, z0), r))
+            shape, shift[name] = _moved(rng, Ellipsoid(_place((m*x, y, z), scale, z0), r))
             parts.append(Part(name, shape, hu, up.get(suv, suv)))
     return parts, shift
 
@@ -214,6 +214,7 @@ def _ribs(canvas: Canvas, body: Body, label: dict) -> None:
     z, y = canvas.grid.centres(0, box[0])[:, None], canvas.grid.centres(1, box[1])[None]
     on = (np.float32(6.5) - rib_phase(body, z, y))*np.float32(1/canvas.grid.spacing[0]) + np.float32(.5)
     on = np.clip(on, 0, 1)*((z > body.place((0, 0, RIB_Z[0]))[2]) & (z < body.place((0, 0, RIB_Z[1]))[2]))
+    on *= np.clip((y - np.float32(-62*body.scale[1]))*np.float32(.1), 0, 1)        # in front there is cartilage
     a = (a - coverage(inner, canvas.grid, box))*on[:, :, None].astype(np.float32)
     np.clip(a, 0, 1, out=a)
     c, p = canvas.ct[box], canvas.pet[box]

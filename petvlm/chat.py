@@ -64,6 +64,7 @@ def contamination(parts: Mapping[str, str], language: str) -> str | None:
         if found: return f"$.{name}: speaks of {found.group()!r}, which belongs to the other part"
     return None
 
+# %% ../nbs/05a_chat.ipynb #981207eb
 class ChatBackend:
     "Base of the chat backends: a subclass says how `complete(messages, schema) -> str` is done. `retries` further attempts follow an answer that does not fit."
     retries = 2

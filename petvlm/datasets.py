@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
 from .findings import LESIONS, ORGANS, Finding
+from .prepare import standardise
 
 # %% auto #0
 __all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'Items']
@@ -39,18 +40,22 @@ class DatasetError(ValueError):
 
 class Regions:
     "The rows of one split of a prepared folder: memory-mapped `pet` and `ct` (D, H, W) float16, and their records."
-    def __init__(self, folder, split: str):
-        self.folder, self.split = Path(folder), split
+    def __init__(self, folder, split: str, suv_max: float = 10.):
+        self.folder, self.split, self.suv_max = Path(folder), split, suv_max
         if not (self.folder/'regions.jsonl').exists(): raise DatasetError(f"{self.folder}: nothing prepared here; run the prepare stage first")
         with open(self.folder/'regions.jsonl', encoding='utf-8') as f: records = [json.loads(line) for line in f]
         self.records = [r for r in records if r['split'] == split]
         if not self.records: raise DatasetError(f"{self.folder}: split {split!r} is empty; there are {sorted({r['split'] for r in records})}")
         self.arrays = {k: np.load(self.folder/f'{k}.npy', mmap_mode='r') for k in ('pet', 'ct')}
+        with np.load(self.folder/'standard.npz') as z: self.standard = dict(z)
 
     def __len__(self) -> int: return len(self.records)
     def image(self, i: int, name: str) -> np.ndarray:
-        "Input `name` of row `i`, float32 (D, H, W) in model units."
-        return self.arrays[name][self.records[i]['row']].astype(np.float32)
+        "Input `name` of row `i` as the encoders read it: deviations from the usual at that place, float32 (D, H, W)."
+        return standardise(self.arrays[name][self.records[i]['row']], name, self.standard[f"{name}.{self.records[i]['region']}"], self.suv_max)
+    def suv(self, i: int) -> np.ndarray:
+        "PET of row `i` in SUVbw, float32 (D, H, W)."
+        return self.arrays['pet'][self.records[i]['row']].astype(np.float32)*self.suv_max
     def findings(self, i: int) -> list[Finding]: return [Finding.from_dict({k: v for k, v in f.items() if k != 'voxel'}) for f in self.records[i]['findings']]
 
 # %% ../nbs/09_datasets.ipynb #682a06c7
@@ -88,7 +93,8 @@ class Items(Dataset):
         rng, row = np.random.default_rng([self.seed, 0, i]), self.row(i)
         rec, by = self.regions.records[row], rng.integers(-self.shift, self.shift + 1, 3)
         images = {k: _shift(self.regions.image(row, k), by)[None] for k in self.inputs}
-        shape = images[self.inputs[0]].shape[1:]
+        images['suv'] = _shift(self.regions.suv(row), by)[None]
+        shape = images['suv'].shape[1:]
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
         return images | {'truth': lattice_truth(moved, self.grid, shape, self.suv_max), 'dialogue': self.dialogue(rec, rng),
                          'texts': {'pet': rec['parts']['PET'], 'ct': rec['parts']['CT'], 'full': rec['text']}}

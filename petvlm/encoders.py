@@ -13,7 +13,8 @@ from .tokens import Tokens
 
 # %% auto #0
 __all__ = ['ENCODERS', 'EncoderError', 'lattice_of', 'patchify', 'ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention',
-           'OffsetBias', 'AxialTransformer', 'PatchStem', 'CTViT', 'SelfAttention', 'Block', 'ViT3D', 'build_encoder']
+           'OffsetBias', 'AxialTransformer', 'PatchStem', 'ConvStem', 'CTViT', 'SelfAttention', 'Block', 'ViT3D',
+           'build_encoder']
 
 # %% ../nbs/11_encoders.ipynb #d446d93a
 class EncoderError(ValueError):
@@ -154,23 +155,54 @@ class PatchStem(nn.Sequential):
         embed = [nn.Linear(voxels, hidden), nn.GELU(), nn.Linear(hidden, dim)] if hidden else [nn.Linear(voxels, dim)]
         super().__init__(*([nn.LayerNorm(voxels)] if norm else []), *embed, nn.LayerNorm(dim))
 
+# %% ../nbs/11_encoders.ipynb #2ae8099b
+def _strides(patch_size, n: int) -> list[tuple[int, ...]]:
+    "`n` strides of 1 or 2 per axis whose product is `patch_size`."
+    left, out = list(patch_size), []
+    for _ in range(n):
+        out.append(tuple(2 if p > 1 else 1 for p in left)); left = [p//2 if p > 1 else 1 for p in left]
+    if any(p != 1 for p in left) or any(p & (p - 1) for p in patch_size):
+        raise EncoderError(f"conv_stem of {n} layers cannot reach patches of {tuple(patch_size)}: each layer halves an axis, so every side must be a power of 2 up to {2**n}")
+    return out
+
+class ConvStem(nn.Module):
+    "`(B, channels, D, H, W)` -> `(B, d, h, w, dim)`: 3 x 3 x 3 convolutions with GroupNorm and GELU, one per entry of `widths`, each but the first followed by a residual one."
+    def __init__(self, channels: int, image_size, patch_size, dim: int, widths):
+        super().__init__()
+        axes = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in image_size], indexing='ij')
+        self.register_buffer('place', torch.stack(axes)[None], persistent=False)                  # (1, 3, D, H, W)
+        strides, ins = _strides(patch_size, len(widths)), (channels + 3, *widths)
+        layer = lambda i, o, s: nn.Sequential(nn.Conv3d(i, o, 3, stride=s, padding=1), nn.GroupNorm(min(8, o), o), nn.GELU())
+        self.down = nn.ModuleList(layer(i, o, s) for i, o, s in zip(ins, widths, strides))
+        self.more = nn.ModuleList(nn.Identity() if k == 0 else layer(w, w, 1) for k, w in enumerate(widths))
+        self.out = nn.Sequential(nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.place.expand(len(x), -1, -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last_3d)
+        for k, (down, more) in enumerate(zip(self.down, self.more)):
+            x = down(x)
+            if k: x = x + more(x)
+        return self.out(x.permute(0, 2, 3, 4, 1))
+
+# %% ../nbs/11_encoders.ipynb #b6c8f0f4
 def _place(kind: str, grid, dim: int) -> nn.Parameter | None:
     if kind not in ('none', 'learned'): raise EncoderError(f"position={kind!r}: expected 'none' (as published) or 'learned'")
     return nn.init.trunc_normal_(nn.Parameter(torch.empty(*grid, dim)), std=.02) if kind == 'learned' else None
 
-# %% ../nbs/11_encoders.ipynb #2ae8099b
+# %% ../nbs/11_encoders.ipynb #2f3442c4
 class CTViT(nn.Module):
     """CT-ViT, the CT-CLIP variant: `(B, channels, D, H, W)` -> `Tokens` `(B, d*h*w, dim)` on `grid`.
 
     Input: CT as HU / 1000 in [-1, 1] for the published weights; any fixed scaling otherwise. Defaults are the published sizes (240 x 480 x 480 voxels, 23.4 M parameters in use).
-    Quirks of the reference as options: `peg_scrambled`, `kv_normed`, `patch_norm`; extensions, off by default: `patch_mlp`, `position`, `codebook_size=0`.
+    Quirks of the reference as options: `peg_scrambled`, `kv_normed`, `patch_norm`; extensions, off by default: `patch_mlp`, `conv_stem`, `position`, `codebook_size=0`.
     `EncoderError` if patches do not tile the volume, or a batch has another size. Source: Hamamci et al., CT-CLIP and GenerateCT."""
     def __init__(self, image_size=(240, 480, 480), patch_size=(10, 20, 20), channels=1, dim=512, spatial_depth=4, temporal_depth=4, heads=8, dim_head=32,
-                 codebook_size=8192, peg_scrambled=True, kv_normed=False, patch_norm=True, patch_mlp=0, position='none', codebook_frozen=False):
+                 codebook_size=8192, peg_scrambled=True, kv_normed=False, patch_norm=True, patch_mlp=0, conv_stem=(), position='none', codebook_frozen=False):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.dim = tuple(image_size), tuple(patch_size), channels, dim
         self.grid = lattice_of(self.image_size, self.patch_size)
-        self.stem = PatchStem(channels*math.prod(patch_size), dim, patch_norm, patch_mlp)
+        self.stem = (ConvStem(channels, self.image_size, self.patch_size, dim, conv_stem) if conv_stem else
+                     PatchStem(channels*math.prod(patch_size), dim, patch_norm, patch_mlp))
         self.position = _place(position, self.grid, dim)                                           # (d, h, w, C) or None
         self.bias = OffsetBias(dim, heads, self.grid[1:])
         self.spatial = AxialTransformer(spatial_depth, dim, heads, dim_head, 'space', peg_scrambled, kv_normed)
@@ -189,7 +221,7 @@ def freeze_codebook(self: CTViT, frozen: bool = True) -> CTViT:
 def features(self: CTViT, x: Tensor) -> Tokens:
     "Continuous tokens before the codebook, `(B, d*h*w, dim)`."
     _check(x, self.channels, self.image_size)
-    x = self.stem(patchify(x, self.patch_size))               # (B, d, h, w, C)
+    x = self.stem(x if isinstance(self.stem, ConvStem) else patchify(x, self.patch_size))   # (B, d, h, w, C)
     if self.position is not None: x = x + self.position
     x = self.temporal(self.spatial(x, self.bias()))
     return Tokens(x.flatten(1, 3), self.grid)

@@ -132,7 +132,7 @@ def _canvas(extent, cols: int = 1, rows: int = 1, inch: float = 3.4, dpi: float 
     left, right, bottom, top = extent
     size = np.abs([right - left, top - bottom])
     wide, high = size * min(1.6*inch/size[0], inch/size[1])
-    fig = Picture(figsize=(cols*wide + 1, rows*high + .3), dpi=dpi, layout='compressed')
+    fig = Picture(figsize=(max(cols*wide + 1, 3.2), rows*high + .3), dpi=dpi, layout='compressed')
     return fig, fig.subplots(rows, cols, squeeze=False)
 
 # %% ../nbs/33_figures.ipynb #24be811d
@@ -217,5 +217,5 @@ def fused(pet: Volume, ct: Volume, index: int, plane: str = 'axial', top: float 
     image = paint(ax, np.take(pet.data, index, p.axis), pet, p, over)
     _bar(fig, image, ax, over)
     _frame(ax, p, extent, under)
-    ax.set_title(f"{_heading(p, mm)}, " + ('no CT here' if pixels is None else f"CT {under.label}".replace('\n', ' ')), fontsize=8)
+    ax.set_title(f"{_heading(p, mm)}, " + ('no CT here' if pixels is None else f"CT in {under.label}"), fontsize=8)
     return fig

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np
-from .anatomy import LABEL, LUNG, RIB_PITCH, RIB_SLOPE, Body, paint_body, rib_phase, rib_shell, sample_body
+from .anatomy import LABEL, RIB_PITCH, RIB_SLOPE, Body, rib_shell
 from .canvas import Blob, Canvas, Column, blur, coverage
 from .findings import LESIONS, ORGANS, REGIONS, SITES, Finding
 

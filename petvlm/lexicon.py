@@ -142,6 +142,7 @@ def _uptake(kind: str, hot, cold, unassessed) -> str:
     if kind == 'uptake' or hot: return 'increased'
     return 'none' if cold or (kind in SILENT and not unassessed) else 'unknown'
 
+# %% ../nbs/04b_lexicon.ipynb #f349615a
 def _fit(kind: str, organ: str) -> tuple[str, str] | None:
     "The kind and organ that a clause means together: whatever lies in a node station is a node; a node beside an organ is of that organ's station."
     if organ.endswith('_node'): return (kind if kind in ('calcification', 'uptake') else 'node'), organ

@@ -12,13 +12,14 @@ import numpy as np
 from tqdm.auto import tqdm
 from .config import Data, digest
 from .findings import Finding, Study
-from .reports import finding_list, split, vqa_multi, vqa_single
+from .vqa import split, vqa_multi, vqa_single
 from .volume import Volume, cut, region_bounds, resample
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'prepare_one', 'prepare']
+__all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'feature', 'standards', 'standardise',
+           'prepare_one', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
 class PrepareError(ValueError):
@@ -63,6 +64,28 @@ def record(study: Study, region: str, grid: Volume, data: Data, n_single: int = 
                 single=vqa_single(findings, region, data.language, seed=seed, n=n_single), multi=vqa_multi(findings, region, data.language, seed=seed))
 
 # %% ../nbs/08_prepare.ipynb #a20eaff4
+def feature(x: np.ndarray, name: str, suv_max: float) -> np.ndarray:
+    "What is standardised: log(SUVbw + 0.3) for PET, the windowed HU for CT. `x` in stored units."
+    x = x.astype(np.float32)
+    return np.log(x*suv_max + .3) if name == 'pet' else x
+
+def standards(folder: Path, suv_max: float = 10.) -> dict[str, np.ndarray]:
+    "`{input}.{region}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder. Deviations below half their median are raised to it, so that air is not a microscope."
+    with open(folder/'regions.jsonl', encoding='utf-8') as f: rows = [(r['row'], r['region']) for r in map(json.loads, f) if r['split'] == 'train']
+    out = {}
+    for name in ('pet', 'ct'):
+        array = np.load(folder/f'{name}.npy', mmap_mode='r')
+        for region in sorted({r for _, r in rows}):
+            x = feature(array[[i for i, r in rows if r == region]], name, suv_max)
+            sd = x.std(0)
+            out[f'{name}.{region}'] = np.stack([x.mean(0), np.maximum(sd, max(np.median(sd)/2, 1e-3))])
+    return out
+
+def standardise(x: np.ndarray, name: str, standard: np.ndarray, suv_max: float) -> np.ndarray:
+    "Stored values of one region as deviations from the usual, clipped to [-4, 8]."
+    return np.clip((feature(x, name, suv_max) - standard[0])/standard[1], -4, 8)
+
+# %% ../nbs/08_prepare.ipynb #9f8d5dc9
 def prepare_one(load: Callable[[], Study], data: Data) -> list[tuple[dict, dict]]:
     "`(arrays, record)` of each region of one study. A region without a report is left out."
     study = load()
@@ -82,6 +105,7 @@ def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data
                 for k in store: store[k][n] = arrays[k]
                 f.write(json.dumps({'row': n, 'split': split_name} | rec, ensure_ascii=False) + '\n'); n += 1
     _trim(store, tmp, n)
+    np.savez(tmp/'standard.npz', **standards(tmp, data.suv_max))
     shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
     return folder
 

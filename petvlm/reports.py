@@ -138,6 +138,7 @@ def write_report(findings: Sequence[Finding], region: str, language: str = 'vi',
     text, stated = _compose(lead + sentences + plain[len(lead):])
     return Report(' '.join(filter(None, (text, impression(own, language, rng)))), stated, region, language)
 
+# %% ../nbs/05_reports.ipynb #8dd802b2
 def _compose(parts: Sequence[tuple[str, tuple[Finding, ...]]]) -> tuple[str, tuple[Finding, ...]]:
     "Sentences joined into a text; their findings get the sentence's span."
     text, stated = '', []
@@ -188,6 +189,7 @@ def _enrich(found: list[Finding], sentence: str, lex: Lexicon) -> list[Finding]:
     fill = lambda f: dataclasses.replace(f, size_mm=size or f.size_mm, suvmax=suv or f.suvmax, uptake='increased' if hot else 'none' if cold else f.uptake)
     return [fill(f) if f.site in meant else f for f in found]
 
+# %% ../nbs/05_reports.ipynb #f4249166
 def _echo(f: Finding, before: Sequence[Finding]) -> bool:
     "Whether `f` says nothing that an earlier finding did not."
     return f.suvmax is None and any((g.site, g.kind) == (f.site, f.kind) and f.size_mm in (None, g.size_mm) for g in before)

@@ -4,9 +4,10 @@
 
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
-import fnmatch, json, logging, resource, time
+import fnmatch, json, logging, math, resource, time
 from pathlib import Path
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from .config import Config, Stage, chain, path_to, resolve
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node', 'load_delta',
-           'language_config', 'text_config', 'build', 'collator', 'load_point', 'train_node']
+           'language_config', 'text_config', 'build', 'collator', 'load_point', 'train_node', 'make_processor', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -91,6 +92,7 @@ from transformers import AutoConfig
 from .config import Part
 from .datasets import LABELS, Items, Regions, visible
 from .processor import PetVLMProcessor
+from .language import train_tokenizer
 from .reports import report_request
 from .vlm import PetVLMConfig
 
@@ -112,7 +114,7 @@ def build(cfg: Config, tokenizer, labels: int = len(LABELS)) -> PetVLM:
     torch.manual_seed(cfg.seed)
     config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool),
         project=_spec(cfg.project), lm=language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels,
-        image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, align=vars(cfg.align), suv_max=cfg.data.suv_max)
+        image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, align=vars(cfg.align))
     model = PetVLM(config)
     if labels: model.visible.copy_(torch.from_numpy(visible()))
     return model
@@ -123,7 +125,7 @@ def collator(processor: PetVLMProcessor, stage: Stage, inputs):
     clips = [o.removeprefix('clip_') for o, w in stage.objective.items() if w and o.startswith('clip_')]
     def collate(items: list[dict]) -> dict:
         out = {'truth': torch.stack([torch.from_numpy(x['truth']) for x in items])}
-        if stage.images == 'image': out |= {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in inputs}
+        if stage.images == 'image': out |= {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in (*inputs, 'suv')}
         else: out['as_image'] = 'truth'
         if stage.objective.get('lm'): out |= processor([x['dialogue'] for x in items])
         for name in clips: out[f'text_{name}_ids'], out[f'text_{name}_mask'] = processor.texts([x['texts'][name] for x in items])
@@ -146,9 +148,29 @@ def train_node(node: str, nodes: dict[str, dict], where, seed_offset: int = 0) -
     lineage = path_to(node, nodes)
     model = load_point(cfg, processor.tokenizer, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage[:-1]])
     if stage.lora: model.adapt(cfg.lora)
-    items = Items(Regions(where.prepared, 'train'), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), cfg.inputs if stage.images == 'image' else ('pet',),
+    items = Items(Regions(where.prepared, 'train', cfg.data.suv_max), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), cfg.inputs if stage.images == 'image' else ('pet',),
                   model.grid, stage.tasks, ask=lambda rng: report_request(rng, cfg.data.language), shift=cfg.data.shift, suv_max=cfg.data.suv_max)
     report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), where.runs/'work'/node, cfg.seed)
     report |= {'node': node, 'key': chain(cfg)[stage.name], 'after': lineage[:-1]}
     save_node(model, report, where.node(node))
     return report
+
+# %% ../nbs/20_train.ipynb #400b5d86
+def make_processor(cfg: Config, folder: Path, vocab_size: int = 1024) -> PetVLMProcessor:
+    "Train the tokenizer on the training split of `folder` (or load the hub's, where the language model names one), and save the processor beside the data."
+    texts = [t for r in Regions(folder, 'train').records for t in (r['text'], *[x for q in r['single'] + r['multi'] for x in (q['question'], q['answer'])])]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    shape = PetVLM(PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse),
+                                pool=_spec(cfg.pool), lm=language_config(cfg.lm, tokenizer))).out_grid
+    processor = PetVLMProcessor(tokenizer, math.prod(shape))
+    processor.save_pretrained(folder/'processor')
+    return processor
+
+# %% ../nbs/20_train.ipynb #920ebd7f
+def curve(report: dict):
+    "The losses of a stage over its steps, as a figure."
+    rows = [r for r in report['log'] if 'loss' in r]
+    fig = Figure(figsize=(5, 2.6), dpi=80, layout='constrained'); ax = fig.subplots()
+    for name in sorted(set().union(*rows) - {'epoch', 'step', 'learning_rate', 'grad_norm'}): ax.plot([r['step'] for r in rows], [r.get(name) for r in rows], label=name)
+    ax.set(xlabel='step', ylabel='loss', title=report['node'], yscale='log'); ax.legend(frameon=False)
+    return fig

@@ -29,12 +29,12 @@ class PetVLMConfig(PretrainedConfig):
     model_type = 'petvlm'
 
     def __init__(self, inputs=('pet',), image_size=(32, 32, 48), encode=None, fuse=None, pool=None, project=None, lm=None, text=None, lora=None,
-                 latent_dim=128, n_labels=0, image_token_id=3, tau=.07, symmetric=False, align=None, suv_max=10., **kw):
+                 latent_dim=128, n_labels=0, image_token_id=3, tau=.07, symmetric=False, align=None, **kw):
         self.inputs, self.image_size, self.encode = list(inputs), list(image_size), encode or {}
         self.fuse, self.pool, self.project = fuse or {'kind': 'none'}, pool or {'kind': 'none'}, project or {'kind': 'linear'}
         self.lm, self.text, self.lora = lm or {}, text or {}, lora
         self.latent_dim, self.n_labels, self.image_token_id = latent_dim, n_labels, image_token_id
-        self.tau, self.symmetric, self.align, self.suv_max = tau, symmetric, align or {}, suv_max
+        self.tau, self.symmetric, self.align = tau, symmetric, align or {}
         super().__init__(**kw)
 
 # %% ../nbs/17_vlm.ipynb #85d66e16
@@ -51,10 +51,11 @@ class SiteHead(nn.Module):
     def __init__(self, grid, dim: int, n: int, width: int = 16, prior: float = -4.):
         super().__init__()
         self.narrow, self.local, self.numbers = nn.Linear(dim, width), nn.Linear(dim, n), nn.Linear(dim, 2)
+        self.place = nn.Parameter(torch.zeros(math.prod(grid), n))          # how usual each finding is at each token
         self.whole = nn.Linear(math.prod(grid)*width, n)
         nn.init.constant_(self.whole.bias, prior); nn.init.constant_(self.local.bias, 2*prior)  # findings are rare: start there
     def forward(self, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        return self.whole(self.narrow(t.x).flatten(1)), self.local(t.x), self.numbers(t.x)
+        return self.whole(self.narrow(t.x).flatten(1)), self.local(t.x) + self.place, self.numbers(t.x)
 
 # %% ../nbs/17_vlm.ipynb #0b575d44
 def site_loss(out, truth: Tensor, visible: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def site_loss(out, truth: Tensor, visible: Tensor) -> Tensor:
     there = labels.amax(-1, keepdim=True)                                                    # (B, N, 1): a finding lies here
     bce = lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction='none')[..., visible.bool()]
     far = ((numbers - truth[..., -2:]).abs()*there).sum()/there.sum().clamp(min=1)
-    return 10*bce(whole, labels.amax(1)).mean() + bce(local, labels).sum((1, 2)).mean()*.2 + .3*far
+    return bce(whole, labels.amax(1)).sum(1).mean() + .2*bce(local, labels).sum((1, 2)).mean() + .3*far
 
 # %% ../nbs/17_vlm.ipynb #6488aa6e
 def _trees(cfg: PetVLMConfig) -> dict[str, dict]:
@@ -115,8 +116,8 @@ def adapt(self: PetVLM, args: dict) -> None:
 def train(self: PetVLM, mode: bool = True) -> PetVLM:
     "Training mode for the parts that hold a moving parameter; frozen ones stay in evaluation mode, so their codebooks and batch statistics do not move."
     super(PetVLM, self).train(mode)
-    for m in self.modules():
-        if mode and not any(p.requires_grad for p in m.parameters()): m.training = False
+    for m in self.modules():   # modules with nothing to learn or to remember (dropout, activations) follow the rest
+        if mode and [*m.parameters(), *m.buffers()] and not any(p.requires_grad for p in m.parameters()): m.train(False)
     return self
 
 # %% ../nbs/17_vlm.ipynb #cb4b5bc4
@@ -185,10 +186,10 @@ LOSSES = {'clip_pet': _clip('pet'), 'clip_ct': _clip('ct'), 'clip_full': _clip('
 
 # %% ../nbs/17_vlm.ipynb #f0ea0583
 @patch
-def regions(self: PetVLM, pet: Tensor) -> Tensor:
-    "Token indicators `(B, R, N')` of the high-SUV regions S of `pet` (B, 1, D, H, W; SUVbw / suv_max), on the lattice of the image tokens."
+def regions(self: PetVLM, suv: Tensor) -> Tensor:
+    "Token indicators `(B, R, N')` of the high-SUV regions S of `suv` (B, 1, D, H, W; SUVbw), on the lattice of the image tokens."
     a = self.config.align
-    masks = region_masks(pet*self.config.suv_max, a['threshold'], mode=a['reading'], max_regions=a['max_regions'])
+    masks = region_masks(suv, a['threshold'], mode=a['reading'], max_regions=a['max_regions'])
     return mask_to_tokens(masks, self.out_grid)
 
 @patch
@@ -198,7 +199,7 @@ def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, 
     run = lambda **kw: lm_loss(self.lm(inputs_embeds=embeds, attention_mask=b['attention_mask'], use_cache=False, **kw).logits, labels)
     if not objective.get('align'): return {'lm': run()}
     slots = b['input_ids'] == self.config.image_token_id
-    with attention_mass(self.regions(b['pet']), slots, supervised_queries(labels)) as mass: lm = run(attention_mass=mass)
+    with attention_mass(self.regions(b['suv']), slots, supervised_queries(labels)) as mass: lm = run(attention_mass=mass)
     inside, image = mass.masses()
     return {'lm': lm, 'align': alignment_loss(inside, image, self.config.align['reading'], mass.valid).loss}
 

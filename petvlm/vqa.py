@@ -99,6 +99,7 @@ def _side_answer(findings, site, lang: str) -> str: return _SIDES[lang][tuple(so
 def _impression_answer(findings, site, lang: str) -> str:
     return capital('; '.join(dict.fromkeys(finding_name(f, lang) for f in findings))) + '.' if findings else _UNREMARKABLE[lang]
 
+# %% ../nbs/05b_vqa.ipynb #c5257045
 # kind of question -> (findings, site, language) -> answer
 ANSWERS = MappingProxyType({
     'presence': _presence, 'side': _side_answer, 'uptake': _uptake_answer, 'impression': _impression_answer,
@@ -157,6 +158,7 @@ FOLLOW_UPS = MappingProxyType({
     'en': {'side': ('On which side?', 'Which side?'), 'kind': ('What is it?', 'What kind of lesion?'), 'suvmax': ('What is its SUVmax?', 'How high is the SUVmax?'), 'size': ('How large is it?', 'What size?'),
            'uptake': ('Does it take up FDG?', 'Is its uptake increased?'), 'presence': ('What about the {site}?', 'And the {site}?'), 'impression': ('So what is the impression?', 'What do you conclude?')}})
 
+# %% ../nbs/05b_vqa.ipynb #54bf38c2
 def _turn(kind: str, findings, site, lang: str, rng) -> dict:
     "A question that goes on from the one before."
     item = ask(kind, findings, site, lang, rng)

@@ -37,6 +37,7 @@ class Wording:
     advice: dict[str, tuple[str, ...]]
     headings: dict[str, str]
 
+# %% ../nbs/04a_wording.ipynb #a24c6e70
 # Nothing said about uptake means none for these: nobody writes that a gallstone is cold.
 SILENT = frozenset({'effusion', 'stone', 'calcification', 'cyst'})
 

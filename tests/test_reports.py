@@ -101,7 +101,7 @@ def test_answers_follow_from_findings():
         for region in REGIONS:
             r = write_report(draw([seed, 11], bare=0), region, 'vi', seed)
             single, multi = vqa_single(r, region, seed=seed), vqa_multi(r.text, region, seed=seed)
-            assert single == vqa_single(r, region, seed=seed) and 2 <= len(multi) <= 4 and (len(single) == 6 if r.findings else 3 <= len(single) <= 6)
+            assert single == vqa_single(r, region, seed=seed) and 2 <= len(multi) <= 4 and 3 <= len(single) <= 6
             assert {q['kind'] for q in single + multi} <= set(ANSWERS) | {'report'}
             for q in single:
                 if q['kind'] == 'list': assert q['answer'].lower() == f'{finding_list(r.findings)}.'.lower()
