@@ -62,6 +62,8 @@ LUNG = ((1154, 68, 2, 54, 80), (1190, 70, 2, 58, 83), (1250, 71, 2, 59, 85), (13
 LEG = ((600, 78, 0, 62, 70), (740, 82, 0, 72, 80), (820, 84, 0, 78, 88), (870, 84, 0, 78, 90), (940, 84, 0, 66, 86))
 ARMS = {'up': ((1370, 166, 4, 40, 42), (1420, 168, 4, 42, 42), (1520, 152, 0, 40, 40), (1720, 132, -8, 34, 36)),
         'down': ((600, 204, -4, 26, 28), (800, 204, -4, 30, 32), (1080, 202, 0, 36, 38), (1300, 196, 4, 40, 42), (1390, 176, 4, 42, 40), (1412, 168, 4, 26, 24))}
+
+# %% ../nbs/05d_anatomy.ipynb #50b66b06
 TUBES = (   # name, rows, HU, SUV, paired
     ('paraspinal_muscle', ((870, 28, 76, 22, 16), (1120, 30, 76, 24, 16), (1400, 26, 72, 20, 12)), 55, 'muscle', True), ('psoas', ((950, 68, 26, 14, 14), (1000, 48, 36, 19, 18), (1110, 32, 45, 12, 12)), 55, 'muscle', True),
     ('lumbar_spine', ((955, 0, 44, 24, 18), (1122, 0, 46, 23, 18)), BONE, 'marrow', False), ('thoracic_spine', ((1122, 0, 46, 22, 18), (1200, 0, 56, 20, 17), (1300, 0, 60, 18, 16), (1420, 0, 42, 15, 14)), BONE, 'marrow', False),
@@ -144,6 +146,7 @@ def _layers(sex: str, arms: str, scale, z0: float, fat: float, up: dict) -> list
     out += [Part('muscle', c, 55, up['muscle']) for c in (*both(LEG, fat=-4), col(TRUNK, .3))]
     return out + [Part('fat', col(CAVITY, .3), -98, up['fat'])] + lungs
 
+# %% ../nbs/05d_anatomy.ipynb #3ce21f03
 def _moved(rng, shape: Ellipsoid, sd=(3., 3., 4.), size=.07) -> tuple[Ellipsoid, tuple]:
     "The organ displaced by up to `sd` mm and resized by up to `size`; also the displacement."
     d = tuple(float(v) for v in rng.uniform(-1, 1, 3)*sd)
@@ -159,7 +162,7 @@ def _organs(rng, table, scale, z0: float, up: dict) -> tuple[list[Part], dict]:
             parts.append(Part(name, shape, hu, up.get(suv, suv)))
     return parts, shift
 
-# %% ../nbs/05d_anatomy.ipynb #3ce21f03
+# %% ../nbs/05d_anatomy.ipynb #c0fd38da
 def _tubes(scale, z0: float, up: dict) -> list[Part]:
     return [Part(name, Column(_rows(rows, scale, z0, mirror=m)), hu, up.get(suv, suv)) for row, rows, hu, suv, paired in TUBES for name, m in _sides(row, paired)]
 
@@ -173,6 +176,7 @@ def _incidental(rng, scale, z0: float, up: dict) -> list[Part]:
     heat = u(2., 5.)
     return out + [at('brown_fat', (m*72, 0, 1444), (18, 14, 8), None, heat) for m in (-1, 1) if brown]
 
+# %% ../nbs/05d_anatomy.ipynb #f5949e92
 def sample_body(rng: np.random.Generator) -> Body:
     "One body drawn from `rng`: sex, height (cm), weight (kg), arms, organs. The field of 480 x 320 mm holds every one of them."
     sex = ('F', 'M')[int(rng.integers(2))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 import numpy as np
+from fastcore.basics import patch
 from .volume import Volume
 
 # %% auto #0
@@ -38,19 +39,22 @@ class Grid:
         a[:3, 3] = self.first
         return a
 
-    def centres(self, axis: int, box: slice) -> np.ndarray:
-        "Millimetres of the voxel centres in `box` along `axis` (0 = z, 1 = y, 2 = x), float32."
-        return (self.first[2 - axis] + self.spacing[axis]*np.arange(box.start, box.stop)).astype(np.float32)
+# %% ../nbs/05c_canvas.ipynb #0e34e889
+@patch
+def centres(self: Grid, axis: int, box: slice) -> np.ndarray:
+    "Millimetres of the voxel centres in `box` along `axis` (0 = z, 1 = y, 2 = x), float32."
+    return (self.first[2 - axis] + self.spacing[axis]*np.arange(box.start, box.stop)).astype(np.float32)
 
-    def box(self, lo, hi) -> tuple[slice, slice, slice] | None:
-        "Slices of the voxels whose centres lie within a voxel of `lo..hi` (x, y, z) mm; None where there are none."
-        out = []
-        for axis, n in enumerate(self.shape):
-            a, s = 2 - axis, self.spacing[axis]
-            start, stop = max(0, math.floor((lo[a] - self.first[a])/s)), min(n, math.ceil((hi[a] - self.first[a])/s) + 1)
-            if stop <= start: return None
-            out.append(slice(start, stop))
-        return tuple(out)
+@patch
+def box(self: Grid, lo, hi) -> tuple[slice, slice, slice] | None:
+    "Slices of the voxels whose centres lie within a voxel of `lo..hi` (x, y, z) mm; None where there are none."
+    out = []
+    for axis, n in enumerate(self.shape):
+        a, s = 2 - axis, self.spacing[axis]
+        start, stop = max(0, math.floor((lo[a] - self.first[a])/s)), min(n, math.ceil((hi[a] - self.first[a])/s) + 1)
+        if stop <= start: return None
+        out.append(slice(start, stop))
+    return tuple(out)
 
 # %% ../nbs/05c_canvas.ipynb #09c0870a
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def slabs(span: slice, n: int) -> list[slice]:
     "`span` in pieces of at most `n`."
     return [slice(a, min(a + n, span.stop)) for a in range(span.start, span.stop, n)]
 
+# %% ../nbs/05c_canvas.ipynb #0f04dc66
 @dataclass
 class Canvas:
     "The board: `ct` in HU and `pet` in SUVbw (D, H, W) float32, `organs` and `lesions` uint8, all on `grid`."
@@ -154,18 +159,21 @@ class Canvas:
         box = self.grid.box([v - pad for v in lo], [v + pad for v in hi])
         return box and (box, coverage(shape, self.grid, box))
 
-    def blend(self, box, a, hu=None, suv=None, label: int | None = None) -> None:
-        "Mix `hu` and `suv` into `box` with weights `a`; label what is covered by more than half."
-        if hu is not None: c = self.ct[box]; c += a*(np.float32(hu) - c)
-        if suv is not None: p = self.pet[box]; p += a*(np.float32(suv) - p)
-        if label is not None: self.organs[box][a > .5] = label
+# %% ../nbs/05c_canvas.ipynb #ac3b3dfa
+@patch
+def blend(self: Canvas, box, a, hu=None, suv=None, label: int | None = None) -> None:
+    "Mix `hu` and `suv` into `box` with weights `a`; label what is covered by more than half."
+    if hu is not None: c = self.ct[box]; c += a*(np.float32(hu) - c)
+    if suv is not None: p = self.pet[box]; p += a*(np.float32(suv) - p)
+    if label is not None: self.organs[box][a > .5] = label
 
-    def paint(self, shape, hu=None, suv=None, label: int | None = None) -> None:
-        "Paint one shape, a few slices at a time."
-        box = self.grid.box(*shape.bounds())
-        for part in slabs(box[0], SLAB) if box else ():
-            here = (part, *box[1:])
-            self.blend(here, coverage(shape, self.grid, here), hu, suv, label)
+@patch
+def paint(self: Canvas, shape, hu=None, suv=None, label: int | None = None) -> None:
+    "Paint one shape, a few slices at a time."
+    box = self.grid.box(*shape.bounds())
+    for part in slabs(box[0], SLAB) if box else ():
+        here = (part, *box[1:])
+        self.blend(here, coverage(shape, self.grid, here), hu, suv, label)
 
 # %% ../nbs/05c_canvas.ipynb #635f5319
 def gauss(fwhm_mm: float, step_mm: float) -> tuple[float, ...]:

@@ -68,6 +68,7 @@ ANCHORS = {
     'lumbar_spine': ((None, (0, 43, 1040), (4, 2, 62)),), 'iliac_bone': (('iliac_bone', (103, 28, 968), (1, 20, 26)), ('acetabulum', (92, 8, 905), (4, 8, 8)))}
 KIDNEY = {'stone': ((46, 40, 1068), (3, 3, 9)), 'cyst': ((82, 46, 1066), (4, 8, 22))}      # cysts bulge out of the outer border
 
+# %% ../nbs/05e_implants.ipynb #f7f6e648
 def _stray(rng, centre, reach) -> tuple: return tuple(float(c + r*u) for c, r, u in zip(centre, reach, rng.uniform(-1, 1, 3)))
 
 def _anchored(rng, body: Body, f: Finding) -> tuple:
@@ -78,6 +79,7 @@ def _anchored(rng, body: Body, f: Finding) -> tuple:
     moved = next((body.shift[n] for n in (part, f'{part}_{f.side}') if n in body.shift), (0., 0., 0.))
     return tuple(a + b for a, b in zip(body.place((-x if f.side == 'right' else x, y, z)), moved))
 
+# %% ../nbs/05e_implants.ipynb #3657e9fb
 def _in_rib(rng, body: Body, f: Finding) -> tuple:
     "A centre in the middle of a rib of the side wall."
     outer, _ = rib_shell(body)
@@ -108,6 +110,7 @@ UPRIGHT = ((0., 0., 1.), (1., 0., 0.), (0., 1., 0.))         # along the body: o
 ALONG = {'esophagus': UPRIGHT, 'supraclavicular_node': ((1., 0., 0.), (0., 1., 0.), (0., 0., 1.)), 'rib': ((0., 1., 0.), (0., 0., 1.), (1., 0., 0.)), 'iliac_bone': ((0., 1., 0.), (0., 0., 1.), (1., 0., 0.))}
 PLACES = {'rib': _in_rib}
 
+# %% ../nbs/05e_implants.ipynb #13f788f7
 def place_lesion(rng: np.random.Generator, body: Body, f: Finding) -> Lesion:
     "Size, form, place and aimed SUVmax for `f` in `body`. PET-only findings keep no size: CT has nothing to measure."
     (lo, hi), hu, (r0, r1) = look(f)
@@ -148,6 +151,7 @@ def _heat(canvas: Canvas, lesion: Lesion) -> None:
     s = ((np.float32(lesion.finding.suvmax) - rest)/spread).min()
     canvas.blend(box, a, suv=max(float(s), 0.))
 
+# %% ../nbs/05e_implants.ipynb #76379639
 def effusion_cover(canvas: Canvas, body: Body, side: str, depth: float):
     "`(box, coverage)` of fluid `depth` mm deep behind the lung of one side: deepest at the base, running out 170 mm above it."
     lung = next(p.shape for p in body.layers if p.name == f'lung_{side}')

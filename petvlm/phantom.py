@@ -105,6 +105,7 @@ def exam_of(patient: Patient) -> Exam:
     dose = round(patient.weight*float(rng.uniform(3.3, 4.1)), 1)*1e6
     return Exam(f'PHANTOM{patient.seed:06d}', patient.sex, birth, patient.height, patient.weight, dose, injected, started)
 
+# %% ../nbs/06_phantom.ipynb #aea2015e
 def write_dicom(patient: Patient, folder) -> tuple[Finding, ...]:
     "Write PT and CT series of `patient` into `folder`/PT and /CT, label masks as `lesions.nii.gz` and `organs.nii.gz` on the PET grid; about 9 MB. Returns the findings as drawn."
     exam, folder = exam_of(patient), Path(folder)
@@ -126,6 +127,7 @@ def write_patient(seed: int, folder) -> str:
     (folder/'truth.json').write_text(json.dumps(truth, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     return patient.id
 
+# %% ../nbs/06_phantom.ipynb #34d7fb12
 def make_data(folder, n: int = 30, seed: int = 20261, workers: int = 2) -> Path:
     """Write patients of seeds `seed .. seed + n - 1` into `folder`/phantom/<id>, and `labels.json` (value in organs.nii.gz -> organ). Byte for byte the same every time.
 
