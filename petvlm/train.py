@@ -4,13 +4,13 @@
 
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
-import fnmatch, json, logging, math, resource, time
+import fnmatch, json, logging, math, resource, shutil, time
 from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from .config import Config, Stage, chain, path_to, resolve
+from .config import Config, Paths, Stage, chain, path_to, resolve
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def load_point(cfg: Config, tokenizer, lineage: list[tuple[Stage, Path]]) -> Pet
         load_delta(model, folder)
     return model
 
-def train_node(node: str, nodes: dict[str, dict], where, seed_offset: int = 0) -> dict:
+def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     "Train one node of the tree (`petvlm.config.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage = cfg.stages[item['stage']]
@@ -150,9 +150,12 @@ def train_node(node: str, nodes: dict[str, dict], where, seed_offset: int = 0) -
     if stage.lora: model.adapt(cfg.lora)
     items = Items(Regions(where.prepared, 'train', cfg.data.suv_max), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), cfg.inputs if stage.images == 'image' else ('pet',),
                   model.grid, stage.tasks, ask=lambda rng: report_request(rng, cfg.data.language), shift=cfg.data.shift, suv_max=cfg.data.suv_max)
-    report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), where.runs/'work'/node, cfg.seed)
-    report |= {'node': node, 'key': chain(cfg)[stage.name], 'after': lineage[:-1]}
+    key = chain(cfg)[stage.name]
+    work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
+    report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), work, cfg.seed)
+    report |= {'node': node, 'key': key, 'after': lineage[:-1]}
     save_node(model, report, where.node(node))
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 # %% ../nbs/20_train.ipynb #400b5d86
