@@ -4,6 +4,7 @@
 
 # %% ../nbs/11_encoders.ipynb #72f7fa1a
 from __future__ import annotations
+import functools
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,24 +107,27 @@ class CosineAttention(nn.Module):
         return self.to_out(_lattice(y, self.axis, x.shape))
 
 # %% ../nbs/11_encoders.ipynb #e3cbd449
+@functools.lru_cache
+def _offsets(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    "Signed log offsets `(k, 2)` of a grid, and which of them each pair of its places has, `(h*w, h*w)`. Not a buffer: `from_pretrained` would leave it unset."
+    sides = [torch.arange(1 - n, n) for n in grid]
+    offsets = torch.stack(torch.meshgrid(*sides, indexing='ij'), -1).flatten(0, 1).float()
+    rows, cols = (torch.arange(n).view(-1, 1) - torch.arange(n) + n - 1 for n in grid)   # each pair's offset, from 0
+    index = rows[:, None, :, None]*(2*grid[1] - 1) + cols[None, :, None, :]              # (h, w, h, w)
+    return (offsets.sign()*(offsets.abs() + 1).log()).to(device), index.flatten(2).flatten(0, 1).to(device)
+
 class OffsetBias(nn.Module):
     "Continuous position bias of a grid `(h, w)`: `(heads, h*w, h*w)`, float32."
     def __init__(self, dim: int, heads: int, grid: tuple[int, int]):
         super().__init__()
-        self.net = nn.ModuleList([nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, heads)])
-        sides = [torch.arange(1 - n, n) for n in grid]
-        offsets = torch.stack(torch.meshgrid(*sides, indexing='ij'), -1).flatten(0, 1).float()
-        rows, cols = (torch.arange(n).view(-1, 1) - torch.arange(n) + n - 1 for n in grid)   # each pair's offset, from 0
-        index = rows[:, None, :, None]*(2*grid[1] - 1) + cols[None, :, None, :]              # (h, w, h, w)
-        self.register_buffer('offsets', offsets.sign()*(offsets.abs() + 1).log(), persistent=False)
-        self.register_buffer('index', index.flatten(2).flatten(0, 1), persistent=False)
+        self.grid, self.net = tuple(grid), nn.ModuleList([nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, heads)])
 
     def forward(self) -> Tensor:
-        x = self.offsets.float()
+        x, index = _offsets(self.grid, self.net[0].weight.device)
         with torch.autocast(x.device.type, enabled=False):
             for i, lin in enumerate(self.net):
                 x = F.linear(x if i == 0 else F.leaky_relu(x, .1), lin.weight.float(), lin.bias.float())
-        return x.T[:, self.index]
+        return x.T[:, index]
 
 # %% ../nbs/11_encoders.ipynb #ad0f5ea2
 class AxialTransformer(nn.Module):
@@ -165,12 +169,15 @@ def _strides(patch_size, n: int) -> list[tuple[int, ...]]:
         raise EncoderError(f"conv_stem of {n} layers cannot reach patches of {tuple(patch_size)}: each layer halves an axis, so every side must be a power of 2 up to {2**n}")
     return out
 
+@functools.lru_cache
+def _places(size: tuple[int, int, int], device: torch.device) -> Tensor:
+    "Each voxel's place, -1 to 1 along every axis: `(1, 3, D, H, W)`."
+    return torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, n, device=device) for n in size], indexing='ij'))[None]
+
 class ConvStem(nn.Module):
     "`(B, channels, D, H, W)` -> `(B, d, h, w, dim)`: 3 x 3 x 3 convolutions with GroupNorm and GELU, one per entry of `widths`, each but the first followed by a residual one."
-    def __init__(self, channels: int, image_size, patch_size, dim: int, widths):
+    def __init__(self, channels: int, patch_size, dim: int, widths):
         super().__init__()
-        axes = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in image_size], indexing='ij')
-        self.register_buffer('place', torch.stack(axes)[None], persistent=False)                  # (1, 3, D, H, W)
         strides, ins = _strides(patch_size, len(widths)), (channels + 3, *widths)
         layer = lambda i, o, s: nn.Sequential(nn.Conv3d(i, o, 3, stride=s, padding=1), nn.GroupNorm(min(8, o), o), nn.GELU())
         self.down = nn.ModuleList(layer(i, o, s) for i, o, s in zip(ins, widths, strides))
@@ -178,7 +185,8 @@ class ConvStem(nn.Module):
         self.out = nn.Sequential(nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x, self.place.expand(len(x), -1, -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last_3d)
+        place = _places(x.shape[2:], x.device).to(x.dtype).expand(len(x), -1, -1, -1, -1)
+        x = torch.cat([x, place], 1).contiguous(memory_format=torch.channels_last_3d)
         for k, (down, more) in enumerate(zip(self.down, self.more)):
             x = down(x)
             if k: x = x + more(x)
@@ -201,7 +209,7 @@ class CTViT(nn.Module):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.dim = tuple(image_size), tuple(patch_size), channels, dim
         self.grid = lattice_of(self.image_size, self.patch_size)
-        self.stem = (ConvStem(channels, self.image_size, self.patch_size, dim, conv_stem) if conv_stem else
+        self.stem = (ConvStem(channels, self.patch_size, dim, conv_stem) if conv_stem else
                      PatchStem(channels*math.prod(patch_size), dim, patch_norm, patch_mlp))
         self.position = _place(position, self.grid, dim)                                           # (d, h, w, C) or None
         self.bias = OffsetBias(dim, heads, self.grid[1:])

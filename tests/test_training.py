@@ -1,0 +1,86 @@
+"What moves in each stage, what stays, and that a resumed run is the unbroken one."
+import functools
+import pytest, torch
+from petvlm.config import Stage, load_params, plan, resolve
+from petvlm.datasets import Items, Regions
+from petvlm.language import train_tokenizer
+from petvlm.prepare import prepare
+from petvlm.processor import PetVLMProcessor
+from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
+from petvlm.train import build, collator, run_stage, set_trainable
+
+CFG = resolve('vipet', 'smoke')
+
+@pytest.fixture(scope='module')
+def regions(tmp_path_factory):
+    jobs = [('train', functools.partial(drawn_study, s)) for s in (1, 2)]
+    return Regions(prepare(jobs, tmp_path_factory.mktemp('prepared')/'p', CFG.data, workers=1), 'train')
+
+@pytest.fixture(scope='module')
+def tokenizer(regions): return train_tokenizer([r['text'] for r in regions.records], 400)
+
+def batches(regions, tokenizer, stage, grid):
+    items = Items(regions, stage.steps*stage.batch, 0, CFG.inputs, grid, stage.tasks, ask=lambda rng: 'Hãy viết báo cáo.')
+    return items, collator(PetVLMProcessor(tokenizer, 96), stage, CFG.inputs)
+
+# The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
+# `latent` are CLIP's projections to the shared space. `heads`, `truth` and the lm and pretrain stages are the phantom's stand-in for published weights.
+MOVES = {'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
+         'clip_pet': {'encode.pet', 'text.pet', 'latent.pet'}, 'clip_ct': {'encode.ct', 'text.ct', 'latent.ct'},
+         'fusion': {'fuse', 'text.full', 'latent.full', 'heads.full'}, 'projection': {'project'}}
+
+@pytest.mark.parametrize('name', MOVES)
+def test_the_exact_set_of_trainable_names(name, tokenizer):
+    model = build(CFG, tokenizer)
+    names = set_trainable(model, CFG.stages[name].train)
+    assert set(names) == {n for n, _ in model.named_parameters() if any(n.startswith(p + '.') for p in MOVES[name])}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(names)
+
+def test_at_paper_objectives_fusion_moves_no_head():
+    assert load_params()['systems']['vipet']['stages']['fusion']['train'] == ['fuse.*', 'text.full.*', 'latent.full.*']
+
+def test_instruction_tuning_moves_the_projection_and_every_linear_adapter(tokenizer):
+    model = build(CFG, tokenizer)
+    linears = [n for n, m in model.lm.named_modules() if isinstance(m, torch.nn.Linear) and n != 'lm_head']
+    model.adapt(CFG.lora)
+    names = set_trainable(model, CFG.stages['instruct'].train)
+    adapters = [n for n in names if n.startswith('lm.')]
+    assert {n for n in names if not n.startswith('lm.')} == {'project.net.weight', 'project.net.bias'}
+    assert len(adapters) == 2*len(linears) and all('.lora_A.' in n or '.lora_B.' in n for n in adapters)
+
+def test_what_is_frozen_does_not_move(regions, tokenizer, tmp_path):
+    model = build(CFG, tokenizer)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    stage = Stage('projection', {'lm': 1, 'align': .1}, ('project.*',), 1e-2, 2, 2)
+    run_stage(model, stage, *batches(regions, tokenizer, stage, model.grid), tmp_path, seed=0)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {'project.net.weight', 'project.net.bias'}
+
+class Killed(Exception): pass
+
+def test_resumed_training_equals_unbroken_training(regions, tokenizer, tmp_path):
+    from transformers import TrainerCallback
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 5: raise Killed
+    stage = Stage('pretrain_pet', {'sites_pet': 1, 'clip_pet': .5}, ('encode.pet.*', 'heads.pet.*', 'text.pet.*', 'latent.pet.*'), 1e-3, 7, 2)
+    weights = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
+    whole = build(CFG, tokenizer)
+    run_stage(whole, stage, *batches(regions, tokenizer, stage, whole.grid), tmp_path/'whole', seed=0, save_steps=2)
+    broken = build(CFG, tokenizer)
+    with pytest.raises(Killed): run_stage(broken, stage, *batches(regions, tokenizer, stage, broken.grid), tmp_path/'broken', seed=0, callbacks=[Kill()], save_steps=2)
+    again = build(CFG, tokenizer)
+    run_stage(again, stage, *batches(regions, tokenizer, stage, again.grid), tmp_path/'broken', seed=0, save_steps=2)
+    assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), weights(broken))
+
+def test_no_patient_is_in_two_splits(tmp_path):
+    for n in range(resolve('vipet', 'phantom').data.dicom):
+        (tmp_path/f'phantom/phantom-{20261 + n:06d}').mkdir(parents=True); (tmp_path/f'phantom/phantom-{20261 + n:06d}/truth.json').touch()
+    items = phantom_items(resolve('vipet', 'phantom').data, tmp_path)
+    who = [load.args[0] if isinstance(load.args[0], int) else int(load.args[0].name.split('-')[1]) for _, load in items]
+    assert len(set(who)) == len(who) == 880
+    assert max(FIRST_SEED.values()) + 1000 > max(who) and {s for s, _ in items} == {'train', 'validation', 'test'}
+
+def test_each_point_shares_the_longest_prefix():
+    nodes = plan(load_params(), 'phantom')
+    assert nodes['no_reg.projection']['after'] == 'vipet.fusion' and nodes['no_fusion.projection']['after'] == 'vipet.clip_pet'
