@@ -80,5 +80,4 @@ def main(args=None) -> int:
     return 0
 
 # %% ../nbs/40_cli.ipynb #2356deae
-#| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # as a module; a notebook has no file
