@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 from .config import Data, digest
 from .findings import Finding, Study
@@ -97,8 +98,8 @@ def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
     rows = 3*len(items)
     store = {k: np.lib.format.open_memmap(tmp/f'{k}.all.npy', 'w+', np.float16, (rows, *data.shape)) for k in ('pet', 'ct')}
-    n = 0
-    with ProcessPoolExecutor(workers) as pool, open(tmp/'regions.jsonl', 'w', encoding='utf-8') as f:
+    n = 0   # below, one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
+    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool, open(tmp/'regions.jsonl', 'w', encoding='utf-8') as f:
         jobs = pool.map(prepare_one, [load for _, load in items], [data]*len(items), chunksize=4)
         for (split_name, _), regions in zip(items, tqdm(jobs, total=len(items), desc='prepare', unit='study')):
             for arrays, rec in regions:
