@@ -43,7 +43,7 @@ test: env
 	$(BIN)/python -m pytest
 
 test-slow: env
-	$(BIN)/python -m pytest -m "slow or not slow" --override-ini addopts="-q --strict-markers"
+	$(BIN)/python -m pytest -m slow
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb

@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[1]
 def run(clone: Path, *args: str, **kw) -> str:
     "A command in the clone, with the clone's own package; its output. Fails with the last lines when the command does."
     env = os.environ | {'PYTHONPATH': str(clone), 'PETVLM_ROOT': str(clone), 'HF_HUB_OFFLINE': '1', 'DVC_NO_ANALYTICS': '1', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    out = subprocess.run(args, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500, **kw)
-    assert out.returncode == 0, f"{' '.join(args)}:\n{out.stdout[-4000:]}"
+    out = subprocess.run(args, cwd=clone, env=env, capture_output=True, text=True, timeout=1500, **kw)
+    assert out.returncode == 0, f"{' '.join(args)}:\n{out.stdout[-3000:]}\n{out.stderr[-3000:]}"
     return out.stdout
 
 @pytest.fixture(scope='module')
