@@ -98,7 +98,7 @@ def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
     rows = 3*len(items)
     store = {k: np.lib.format.open_memmap(tmp/f'{k}.all.npy', 'w+', np.float16, (rows, *data.shape)) for k in ('pet', 'ct')}
-    n = 0   # below, one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
+    n = 0   # below, one BLAS thread per worker: workers whose thread pools fight for the cores are several times slower
     with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool, open(tmp/'regions.jsonl', 'w', encoding='utf-8') as f:
         jobs = pool.map(prepare_one, [load for _, load in items], [data]*len(items), chunksize=4)
         for (split_name, _), regions in zip(items, tqdm(jobs, total=len(items), desc='prepare', unit='study')):
