@@ -148,6 +148,7 @@ def _forbid(cfg: Config):
     yield cfg.fuse.kind == 'none' and len(cfg.inputs) > 1, 'fuse', f"none, with the inputs {cfg.inputs}: only one input passes without fusion"
     yield cfg.fuse.kind == 'cross_attention' and cfg.inputs != ('pet', 'ct'), 'inputs', f"found {cfg.inputs}; cross-attention fusion asks CT with PET (equation 5): [pet, ct]"
     yield 'align' in objectives and 'pet' not in cfg.inputs, 'stages', "the alignment loss needs PET to find its regions"
+    yield 'match' in objectives and cfg.pool.kind != 'none', 'pool', "the match loss compares image tokens one by one with findings on the encoder's lattice; pooled tokens have another"
     yield not objectives <= set(OBJECTIVES), 'stages', f"unknown objectives {sorted(objectives - set(OBJECTIVES))}, expected some of {sorted(OBJECTIVES)}"
     yield cfg.align.reading not in ('union', 'region'), 'align.reading', f"found {cfg.align.reading!r}, expected 'union' or 'region'"
 
@@ -156,7 +157,7 @@ OBJECTIVES = {  # loss -> the slots that it reads
     'sites_pet': ('encode.pet',), 'sites_ct': ('encode.ct',), 'sites': ('encode', 'fuse'),
     'clip_pet': ('encode.pet', 'text', 'tau', 'symmetric'), 'clip_ct': ('encode.ct', 'text', 'tau', 'symmetric'),
     'clip_full': ('encode', 'fuse', 'text', 'tau', 'symmetric'),
-    'lm': ('encode', 'fuse', 'pool', 'project', 'lm'), 'align': ('align',)}
+    'lm': ('encode', 'fuse', 'pool', 'project', 'lm'), 'align': ('align',), 'match': ('project',)}
 
 # %% ../nbs/00_config.ipynb #a56cd3c8
 def load_params(path=None) -> dict:

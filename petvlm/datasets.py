@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
-from .findings import LESIONS, ORGANS, Finding
+from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .prepare import standardise
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'Items']
+__all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'dimmed',
+           'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -50,6 +51,8 @@ class Regions:
         with np.load(self.folder/'standard.npz') as z: self.standard = dict(z)
 
     def __len__(self) -> int: return len(self.records)
+    @property
+    def shape(self) -> tuple[int, int, int]: return self.arrays['pet'].shape[1:]
     def image(self, i: int, name: str) -> np.ndarray:
         "Input `name` of row `i` as the encoders read it: deviations from the usual at that place, float32 (D, H, W)."
         return standardise(self.arrays[name][self.records[i]['row']], name, self.standard[f"{name}.{self.records[i]['region']}"], self.suv_max)
@@ -60,15 +63,27 @@ class Regions:
 
 # %% ../nbs/09_datasets.ipynb #682a06c7
 SIZE_SCALE = 30.  # mm
+FACETS = (*dict.fromkeys(word for label in LABELS for word in label if word), *REGIONS)
 
-def lattice_truth(findings: list[dict], grid, shape, suv_max: float) -> np.ndarray:
-    "`(N, len(LABELS) + 2)`: findings per token, then SUVmax / `suv_max` and size / 30 mm."
-    out = np.zeros((int(np.prod(grid)), len(LABELS) + 2), np.float32)
+def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str) -> np.ndarray:
+    "`(N, len(LABELS) + 2 + len(FACETS))`: findings per token; SUVmax / `suv_max` and size / 30 mm; the findings' words, and the region's at every token."
+    n = len(LABELS)
+    out = np.zeros((int(np.prod(grid)), n + 2 + len(FACETS)), np.float32)
+    out[:, n + 2 + FACETS.index(region)] = 1
     for f in findings:
         cell = np.minimum((np.array(f['voxel']) + .5)*grid/shape, np.array(grid) - 1).astype(int)
         token = np.ravel_multi_index(tuple(np.maximum(cell, 0)), grid)
         out[token, label_of(f)] = 1
-        out[token, -2:] = (f['suvmax'] or 0)/suv_max, (f['size_mm'] or 0)/SIZE_SCALE
+        out[token, n:n + 2] = (f['suvmax'] or 0)/suv_max, (f['size_mm'] or 0)/SIZE_SCALE
+        out[token, [n + 2 + FACETS.index(word) for word in LABELS[label_of(f)] if word]] = 1
+    return out
+
+# %% ../nbs/09_datasets.ipynb #f2d47b85
+def dimmed(truth: np.ndarray, rng: np.random.Generator, least: float = .35, noise: float = .08) -> np.ndarray:
+    "`truth` of `lattice_truth` with each token's description fainter by a factor from `least` to 1, and Gaussian noise on it; labels and region stay as they are."
+    out, said = truth.copy(), slice(len(LABELS), -len(REGIONS))
+    out[:, said] *= rng.uniform(least, 1, (len(out), 1)).astype(np.float32)
+    out[:, said] += noise*rng.standard_normal(out[:, said].shape, np.float32)
     return out
 
 # %% ../nbs/09_datasets.ipynb #4febb420
@@ -78,9 +93,9 @@ def _shift(x: np.ndarray, by) -> np.ndarray:
     return x[np.ix_(*index)]
 
 class Items(Dataset):
-    "`length` training items of `regions`: item `i` depends on `(seed, i)` alone."
-    def __init__(self, regions: Regions, length: int, seed: int, inputs=('pet', 'ct'), grid=(4, 4, 4), tasks=('report',), ask=None, shift: int = 1, suv_max: float = 10.):
-        self.__dict__.update(regions=regions, length=length, seed=seed, inputs=inputs, grid=grid, tasks=tasks, ask=ask, shift=shift, suv_max=suv_max)
+    "`length` training items of `regions`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted, of 'pet', 'ct' (as encoders read them) and 'suv' (SUVbw); `dim`: descriptions are `dimmed`."
+    def __init__(self, regions: Regions, length: int, seed: int, inputs=('pet', 'ct', 'suv'), grid=(4, 4, 4), tasks=('report',), ask=None, shift: int = 1, suv_max: float = 10., dim: bool = False):
+        self.__dict__.update(regions=regions, length=length, seed=seed, inputs=inputs, grid=grid, tasks=tasks, ask=ask, shift=shift, suv_max=suv_max, dim=dim)
 
     def __len__(self) -> int: return self.length
 
@@ -92,11 +107,11 @@ class Items(Dataset):
     def __getitem__(self, i: int) -> dict:
         rng, row = np.random.default_rng([self.seed, 0, i]), self.row(i)
         rec, by = self.regions.records[row], rng.integers(-self.shift, self.shift + 1, 3)
-        images = {k: _shift(self.regions.image(row, k), by)[None] for k in self.inputs}
-        images['suv'] = _shift(self.regions.suv(row), by)[None]
-        shape = images['suv'].shape[1:]
+        image = lambda k: self.regions.suv(row) if k == 'suv' else self.regions.image(row, k)
+        images, shape = {k: _shift(image(k), by)[None] for k in self.inputs}, self.regions.shape
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
-        return images | {'truth': lattice_truth(moved, self.grid, shape, self.suv_max), 'dialogue': self.dialogue(rec, rng),
+        truth = lattice_truth(moved, self.grid, shape, self.suv_max, rec['region'])
+        return images | {'truth': dimmed(truth, rng) if self.dim else truth, 'dialogue': self.dialogue(rec, rng),
                          'texts': {'pet': rec['parts']['PET'], 'ct': rec['parts']['CT'], 'full': rec['text']}}
 
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:

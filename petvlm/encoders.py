@@ -10,35 +10,12 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .codebook import CosineCodebook
+from .stem import ConvStem, EncoderError, PatchStem, check_size, lattice_of, patchify
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['ENCODERS', 'EncoderError', 'lattice_of', 'patchify', 'ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention',
-           'OffsetBias', 'AxialTransformer', 'PatchStem', 'ConvStem', 'CTViT', 'SelfAttention', 'Block', 'ViT3D',
-           'build_encoder']
-
-# %% ../nbs/11_encoders.ipynb #d446d93a
-class EncoderError(ValueError):
-    "An encoder that cannot be built, or a volume that it cannot read; the message names the sizes found and expected."
-
-def lattice_of(image_size: tuple[int, int, int], patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    "The grid `(d, h, w)` of patches `(pd, ph, pw)` voxels large in a volume `(D, H, W)`. `EncoderError` if they do not tile it."
-    if len(image_size) != 3 or len(patch_size) != 3 or any(p < 1 or n < p or n % p for n, p in zip(image_size, patch_size)):
-        raise EncoderError(f"patches of {tuple(patch_size)} voxels do not tile a volume of {tuple(image_size)}: each side must be a multiple of its patch side")
-    return tuple(n//p for n, p in zip(image_size, patch_size))
-
-# %% ../nbs/11_encoders.ipynb #f91565d1
-def patchify(x: Tensor, patch_size: tuple[int, int, int], channels_last: bool = False) -> Tensor:
-    "`(B, C, D, H, W)` -> `(B, d, h, w, voxels)`; voxels in the order (C, pd, ph, pw) as in CT-ViT, or (pd, ph, pw, C) with `channels_last` as in M3D."
-    d, h, w = lattice_of(tuple(x.shape[2:]), patch_size)
-    pd, ph, pw = patch_size
-    x = x.reshape(*x.shape[:2], d, pd, h, ph, w, pw)              # (B, C, d, pd, h, ph, w, pw)
-    order = (0, 2, 4, 6, 3, 5, 7, 1) if channels_last else (0, 2, 4, 6, 1, 3, 5, 7)
-    return x.permute(order).flatten(4)
-
-def _check(x: Tensor, channels: int, image_size) -> None:
-    if tuple(x.shape[1:]) != (channels, *image_size):
-        raise EncoderError(f"found a batch of shape {tuple(x.shape)}, expected (B, {channels}, {', '.join(map(str, image_size))}): resample or pad the volume first")
+__all__ = ['ENCODERS', 'ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention', 'OffsetBias', 'AxialTransformer', 'CTViT',
+           'SelfAttention', 'Block', 'ViT3D', 'build_encoder']
 
 # %% ../nbs/11_encoders.ipynb #9c1700f2
 class ScaleNorm(nn.Module):
@@ -152,46 +129,6 @@ class AxialTransformer(nn.Module):
             x = x + layer['ff'](x)
         return self.norm(x)
 
-# %% ../nbs/11_encoders.ipynb #dc7d5a63
-class PatchStem(nn.Sequential):
-    "`(..., voxels)` -> `(..., dim)`: LayerNorm over the voxels (`norm`), Linear or, with `hidden`, a small MLP, then LayerNorm over the features."
-    def __init__(self, voxels: int, dim: int, norm: bool = True, hidden: int = 0):
-        embed = [nn.Linear(voxels, hidden), nn.GELU(), nn.Linear(hidden, dim)] if hidden else [nn.Linear(voxels, dim)]
-        super().__init__(*([nn.LayerNorm(voxels)] if norm else []), *embed, nn.LayerNorm(dim))
-
-# %% ../nbs/11_encoders.ipynb #2ae8099b
-def _strides(patch_size, n: int) -> list[tuple[int, ...]]:
-    "`n` strides of 1 or 2 per axis whose product is `patch_size`."
-    left, out = list(patch_size), []
-    for _ in range(n):
-        out.append(tuple(2 if p > 1 else 1 for p in left)); left = [p//2 if p > 1 else 1 for p in left]
-    if any(p != 1 for p in left) or any(p & (p - 1) for p in patch_size):
-        raise EncoderError(f"conv_stem of {n} layers cannot reach patches of {tuple(patch_size)}: each layer halves an axis, so every side must be a power of 2 up to {2**n}")
-    return out
-
-@functools.lru_cache
-def _places(size: tuple[int, int, int], device: torch.device) -> Tensor:
-    "Each voxel's place, -1 to 1 along every axis: `(1, 3, D, H, W)`."
-    return torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, n, device=device) for n in size], indexing='ij'))[None]
-
-class ConvStem(nn.Module):
-    "`(B, channels, D, H, W)` -> `(B, d, h, w, dim)`: 3 x 3 x 3 convolutions with GroupNorm and GELU, one per entry of `widths`, each but the first followed by a residual one."
-    def __init__(self, channels: int, patch_size, dim: int, widths):
-        super().__init__()
-        strides, ins = _strides(patch_size, len(widths)), (channels + 3, *widths)
-        layer = lambda i, o, s: nn.Sequential(nn.Conv3d(i, o, 3, stride=s, padding=1), nn.GroupNorm(min(8, o), o), nn.GELU())
-        self.down = nn.ModuleList(layer(i, o, s) for i, o, s in zip(ins, widths, strides))
-        self.more = nn.ModuleList(nn.Identity() if k == 0 else layer(w, w, 1) for k, w in enumerate(widths))
-        self.out = nn.Sequential(nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        place = _places(x.shape[2:], x.device).to(x.dtype).expand(len(x), -1, -1, -1, -1)
-        x = torch.cat([x, place], 1).contiguous(memory_format=torch.channels_last_3d)
-        for k, (down, more) in enumerate(zip(self.down, self.more)):
-            x = down(x)
-            if k: x = x + more(x)
-        return self.out(x.permute(0, 2, 3, 4, 1))
-
 # %% ../nbs/11_encoders.ipynb #b6c8f0f4
 def _place(kind: str, grid, dim: int) -> nn.Parameter | None:
     if kind not in ('none', 'learned'): raise EncoderError(f"position={kind!r}: expected 'none' (as published) or 'learned'")
@@ -228,7 +165,7 @@ def freeze_codebook(self: CTViT, frozen: bool = True) -> CTViT:
 @patch
 def features(self: CTViT, x: Tensor) -> Tokens:
     "Continuous tokens before the codebook, `(B, d*h*w, dim)`."
-    _check(x, self.channels, self.image_size)
+    check_size(x, self.channels, self.image_size)
     x = self.stem(x if isinstance(self.stem, ConvStem) else patchify(x, self.patch_size))   # (B, d, h, w, C)
     if self.position is not None: x = x + self.position
     x = self.temporal(self.spatial(x, self.bias()))
@@ -285,7 +222,7 @@ class ViT3D(nn.Module):
 @patch
 def sequence(self: ViT3D, x: Tensor) -> Tensor:
     "Everything the transformer gives, class token first: `(B, 1 + d*h*w, dim)` (without it `(B, d*h*w, dim)`)."
-    _check(x, self.channels, self.image_size)
+    check_size(x, self.channels, self.image_size)
     x = self.embed(patchify(x, self.patch_size, channels_last=True).flatten(1, 3)) + self.position
     if self.cls is not None: x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
     for block in self.blocks: x = block(x)

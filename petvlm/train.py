@@ -5,6 +5,7 @@
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
 import fnmatch, json, logging, math, resource, shutil, time
+from multiprocessing import get_start_method
 from pathlib import Path
 import torch
 from matplotlib.figure import Figure
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node', 'load_delta',
-           'language_config', 'text_config', 'build', 'collator', 'load_point', 'train_node', 'make_processor', 'curve']
+           'language_config', 'text_config', 'build', 'reads', 'collator', 'load_point', 'train_node', 'make_processor',
+           'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -50,11 +52,12 @@ class StageTrainer(Trainer):
 
 # %% ../nbs/20_train.ipynb #6c397034
 def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
-    "`TrainingArguments` of one stage; bf16 where there is a GPU."
+    "`TrainingArguments` of one stage; bf16 where there is a GPU. Items are made beside the training where processes fork; elsewhere in line, since a spawned one would have to pickle them."
     cuda = torch.cuda.is_available()
     return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, learning_rate=stage.lr, weight_decay=stage.weight_decay,
         lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
+        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(get_start_method() == 'fork'),
+        report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
 
 # %% ../nbs/20_train.ipynb #6fcf6bcc
 def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100) -> dict:
@@ -90,7 +93,8 @@ def load_delta(model: PetVLM, folder: Path) -> None:
 # %% ../nbs/20_train.ipynb #f8f82b0a
 from transformers import AutoConfig
 from .config import Part
-from .datasets import LABELS, Items, Regions, visible
+from .datasets import FACETS, LABELS, Items, Regions, visible
+from .probe import probe
 from .processor import PetVLMProcessor
 from .language import train_tokenizer
 from .reports import report_request
@@ -113,25 +117,33 @@ def build(cfg: Config, tokenizer, labels: int = len(LABELS)) -> PetVLM:
     "A freshly initialised model of the point `cfg`."
     torch.manual_seed(cfg.seed)
     config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool),
-        project=_spec(cfg.project), lm=language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels,
+        project=_spec(cfg.project), lm=language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels, n_facets=len(FACETS),
         image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, align=vars(cfg.align))
     model = PetVLM(config)
     if labels: model.visible.copy_(torch.from_numpy(visible()))
     return model
 
 # %% ../nbs/20_train.ipynb #2c2bf864
+def reads(stage: Stage, inputs) -> tuple[str, ...]:
+    "The images that the losses of `stage` read: one input where every loss names it ('sites_pet'), else all `inputs`; 'suv' for the alignment loss; none where findings stand for images."
+    active = [name for name, w in stage.objective.items() if w]
+    if stage.images == 'truth': return ()
+    named = {name.rpartition('_')[2] for name in active}
+    return tuple(i for i in inputs if i in named or not named <= set(inputs)) + (('suv',) if 'align' in active else ())
+
 def collator(processor: PetVLMProcessor, stage: Stage, inputs):
     "Items -> one batch, with only what the stage's losses read."
     clips = [o.removeprefix('clip_') for o, w in stage.objective.items() if w and o.startswith('clip_')]
     def collate(items: list[dict]) -> dict:
         out = {'truth': torch.stack([torch.from_numpy(x['truth']) for x in items])}
-        if stage.images == 'image': out |= {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in (*inputs, 'suv')}
-        else: out['as_image'] = 'truth'
+        if stage.images == 'truth': out['as_image'] = 'truth'
+        out |= {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in reads(stage, inputs)}
         if stage.objective.get('lm'): out |= processor([x['dialogue'] for x in items])
         for name in clips: out[f'text_{name}_ids'], out[f'text_{name}_mask'] = processor.texts([x['texts'][name] for x in items])
         return out
     return collate
 
+# %% ../nbs/20_train.ipynb #ff924204
 def load_point(cfg: Config, tokenizer, lineage: list[tuple[Stage, Path]]) -> PetVLM:
     "The model of `cfg` after a lineage of (stage, folder), root first; adapters are added before the first stage that trains them."
     model = build(cfg, tokenizer)
@@ -148,12 +160,13 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     lineage = path_to(node, nodes)
     model = load_point(cfg, processor.tokenizer, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage[:-1]])
     if stage.lora: model.adapt(cfg.lora)
-    items = Items(Regions(where.prepared, 'train', cfg.data.suv_max), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), cfg.inputs if stage.images == 'image' else ('pet',),
-                  model.grid, stage.tasks, ask=lambda rng: report_request(rng, cfg.data.language), shift=cfg.data.shift, suv_max=cfg.data.suv_max)
+    split, ask = lambda name: Regions(where.prepared, name, cfg.data.suv_max), lambda rng: report_request(rng, cfg.data.language)
+    items = Items(split('train'), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), reads(stage, cfg.inputs),
+                  model.grid, stage.tasks, ask, shift=cfg.data.shift, suv_max=cfg.data.suv_max, dim=stage.images == 'truth')
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), work, cfg.seed)
-    report |= {'node': node, 'key': key, 'after': lineage[:-1]}
+    report |= {'node': node, 'key': key, 'after': lineage[:-1], 'held_out': probe(model, processor, split('validation'), stage, ask, cfg.data.language)}
     save_node(model, report, where.node(node))
     shutil.rmtree(work, ignore_errors=True)
     return report

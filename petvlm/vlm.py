@@ -29,11 +29,11 @@ class PetVLMConfig(PretrainedConfig):
     model_type = 'petvlm'
 
     def __init__(self, inputs=('pet',), image_size=(32, 32, 48), encode=None, fuse=None, pool=None, project=None, lm=None, text=None, lora=None,
-                 latent_dim=128, n_labels=0, image_token_id=3, tau=.07, symmetric=False, align=None, **kw):
+                 latent_dim=128, n_labels=0, n_facets=0, image_token_id=3, tau=.07, symmetric=False, align=None, **kw):
         self.inputs, self.image_size, self.encode = list(inputs), list(image_size), encode or {}
         self.fuse, self.pool, self.project = fuse or {'kind': 'none'}, pool or {'kind': 'none'}, project or {'kind': 'linear'}
         self.lm, self.text, self.lora = lm or {}, text or {}, lora
-        self.latent_dim, self.n_labels, self.image_token_id = latent_dim, n_labels, image_token_id
+        self.latent_dim, self.n_labels, self.n_facets, self.image_token_id = latent_dim, n_labels, n_facets, image_token_id
         self.tau, self.symmetric, self.align = tau, symmetric, align or {}
         super().__init__(**kw)
 
@@ -47,11 +47,13 @@ class Latent(nn.Module):
         return F.normalize(self.linear(t.lattice().mean(2).flatten(1)), dim=-1)
 
 class SiteHead(nn.Module):
-    "Logits of `n` findings per region `(B, n)` and per token `(B, N, n)`, and two numbers per token (SUVmax / suv_max, size / 30 mm)."
-    def __init__(self, grid, dim: int, n: int, width: int = 16, prior: float = -4.):
+    """Logits of `n` findings per region `(B, n)` and per token `(B, N, n)`, and two numbers per token (SUVmax / suv_max, size / 30 mm).
+
+    `place`: learn how usual each finding is at each token. It speeds an encoder up, but then a token need not say where it is; a language model reads tokens, not places, so the fused head goes without."""
+    def __init__(self, grid, dim: int, n: int, width: int = 16, prior: float = -4., place: bool = True):
         super().__init__()
         self.narrow, self.local, self.numbers = nn.Linear(dim, width), nn.Linear(dim, n), nn.Linear(dim, 2)
-        self.place = nn.Parameter(torch.zeros(math.prod(grid), n))          # how usual each finding is at each token
+        self.place = nn.Parameter(torch.zeros(math.prod(grid), n)) if place else 0.
         self.whole = nn.Linear(math.prod(grid)*width, n)
         nn.init.constant_(self.whole.bias, prior); nn.init.constant_(self.local.bias, 2*prior)  # findings are rare: start there
     def forward(self, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,13 +61,13 @@ class SiteHead(nn.Module):
 
 # %% ../nbs/17_vlm.ipynb #0b575d44
 def site_loss(out, truth: Tensor, visible: Tensor) -> Tensor:
-    "Loss of a `SiteHead` against `truth` (B, N, n+2): per-token findings, then SUVmax and size. `visible` (n,): findings that this input can show."
+    "Loss of a `SiteHead` against `truth` (B, N, n + 2 + ...): per-token findings, SUVmax and size; what follows is not read. `visible` (n,): findings that this input can show."
     whole, local, numbers = out
-    labels = truth[..., :-2]*visible
+    labels, sizes = truth[..., :len(visible)]*visible, truth[..., len(visible):len(visible) + 2]
     there = labels.amax(-1, keepdim=True)                                                    # (B, N, 1): a finding lies here
     bce = lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction='none')[..., visible.bool()]
-    far = ((numbers - truth[..., -2:]).abs()*there).sum()/there.sum().clamp(min=1)
-    return bce(whole, labels.amax(1)).sum(1).mean() + .2*bce(local, labels).sum((1, 2)).mean() + .3*far
+    far = ((numbers - sizes).abs()*there).sum()/there.sum().clamp(min=1)
+    return bce(whole, labels.amax(1)).sum(1).mean() + bce(local, labels).sum((1, 2)).mean() + .3*far
 
 # %% ../nbs/17_vlm.ipynb #6488aa6e
 def _trees(cfg: PetVLMConfig) -> dict[str, dict]:
@@ -93,8 +95,8 @@ class PetVLM(PreTrainedModel, GenerationMixin):
             self.text = nn.ModuleDict({n: TextTower(AutoModel.from_config(AutoConfig.for_model(**c.text)), c.latent_dim) for n in names})
             self.latent = nn.ModuleDict({n: Latent(grid, dim, c.latent_dim) for n in names})
         if c.n_labels:
-            self.heads = nn.ModuleDict({n: SiteHead(grid, dim, c.n_labels) for n in names})
-            self.truth = nn.Linear(c.n_labels + 2, width)
+            self.heads = nn.ModuleDict({n: SiteHead(grid, dim, c.n_labels, place=n != 'full') for n in names})
+            self.truth = nn.Linear(2 + c.n_facets, width)
         self.register_buffer('visible', torch.ones(3, c.n_labels), persistent=True)   # rows: pet, ct, full
         self.post_init()
 
@@ -135,8 +137,8 @@ def fused(self: PetVLM, images: dict[str, Tensor]) -> Tokens:
 
 @patch
 def image_tokens(self: PetVLM, images: dict[str, Tensor], truth: Tensor | None = None) -> Tokens:
-    "What the language model sees: `(B, N, hidden)`. With `truth` (B, N, n_labels + 2) the phantom's labels take the place of images."
-    if truth is not None: return Tokens(self.truth(truth), self.grid)
+    "What the language model sees: `(B, N, hidden)`. With `truth` (B, N, n_labels + 2 + n_facets) the phantom's findings, described, take the place of images."
+    if truth is not None: return Tokens(self.truth(truth[..., self.config.n_labels:]), self.grid)
     return self.project(self.pool(self.fused(images)))
 
 # %% ../nbs/17_vlm.ipynb #1de4a379
@@ -175,6 +177,12 @@ def _clip(name):
         return clip_loss(m.latent[name](t), m.text[name](b[f'text_{name}_ids'], b[f'text_{name}_mask']), m.config.tau, m.config.symmetric)
     return loss
 
+def _match(m: PetVLM, b: dict, state: dict) -> Tensor:
+    "Squared distance of projected image tokens from the embedded description of what lies there; tokens with and without a finding weigh the same, rare as the former are."
+    with torch.no_grad(): described = m.truth(b['truth'][..., m.config.n_labels:])
+    far, there = F.mse_loss(state['visual'].x, described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
+    return sum((far*w).sum()/w.sum().clamp(min=1) for w in (there, 1 - there))
+
 def _sites(name):
     def loss(m: PetVLM, b: dict, state: dict) -> Tensor:
         t = state['fused'] if name == 'full' else m.encode[name](b[name])
@@ -182,7 +190,7 @@ def _sites(name):
     return loss
 
 LOSSES = {'clip_pet': _clip('pet'), 'clip_ct': _clip('ct'), 'clip_full': _clip('full'), 'sites_pet': _sites('pet'), 'sites_ct': _sites('ct'), 'sites': _sites('full'),
-          'lm': lambda m, b, state: state['lm'], 'align': lambda m, b, state: state['align']}
+          'lm': lambda m, b, state: state['lm'], 'align': lambda m, b, state: state['align'], 'match': _match}
 
 # %% ../nbs/17_vlm.ipynb #f0ea0583
 @patch
@@ -207,9 +215,9 @@ def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, 
 def losses(self: PetVLM, b: dict, objective: dict[str, float]) -> dict[str, Tensor]:
     "The losses named in `objective` for the batch `b`, and their weighted sum `loss` (equation 12)."
     state, active = {}, {k: w for k, w in objective.items() if w}
-    if {'sites', 'clip_full'} & set(active) or ('lm' in active and b.get('as_image') != 'truth'): state['fused'] = self.fused(b)
-    if 'lm' in active:
-        visual = self.image_tokens({}, b['truth']) if b.get('as_image') == 'truth' else self.project(self.pool(state['fused']))
-        state |= self._speak(b, visual, active)
+    speaks, shown = {'lm', 'match'} & set(active), b.get('as_image') != 'truth'      # shown: images, not findings in their place
+    if {'sites', 'clip_full'} & set(active) or (speaks and shown): state['fused'] = self.fused(b)
+    if speaks: state['visual'] = self.project(self.pool(state['fused'])) if shown else self.image_tokens({}, b['truth'])
+    if 'lm' in active: state |= self._speak(b, state['visual'], active)
     out = {k: LOSSES[k](self, b, state) for k in active}
     return out | {'loss': sum(active[k]*out[k] for k in active)}

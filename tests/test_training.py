@@ -7,7 +7,7 @@ from petvlm.language import train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
 from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
-from petvlm.train import build, collator, run_stage, set_trainable
+from petvlm.train import build, collator, reads, run_stage, set_trainable
 
 CFG = resolve('vipet', 'smoke')
 
@@ -20,7 +20,7 @@ def regions(tmp_path_factory):
 def tokenizer(regions): return train_tokenizer([r['text'] for r in regions.records], 400)
 
 def batches(regions, tokenizer, stage, grid):
-    items = Items(regions, stage.steps*stage.batch, 0, CFG.inputs, grid, stage.tasks, ask=lambda rng: 'Hãy viết báo cáo.')
+    items = Items(regions, stage.steps*stage.batch, 0, reads(stage, CFG.inputs), grid, stage.tasks, ask=lambda rng: 'Hãy viết báo cáo.')
     return items, collator(PetVLMProcessor(tokenizer, 96), stage, CFG.inputs)
 
 # The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
@@ -78,7 +78,7 @@ def test_no_patient_is_in_two_splits(tmp_path):
         (tmp_path/f'phantom/phantom-{20261 + n:06d}').mkdir(parents=True); (tmp_path/f'phantom/phantom-{20261 + n:06d}/truth.json').touch()
     items = phantom_items(resolve('vipet', 'phantom').data, tmp_path)
     who = [load.args[0] if isinstance(load.args[0], int) else int(load.args[0].name.split('-')[1]) for _, load in items]
-    assert len(set(who)) == len(who) == 880
+    assert len(set(who)) == len(who) == sum(getattr(resolve('vipet', 'phantom').data, k) for k in ('dicom', 'draws', 'validation', 'test'))
     assert max(FIRST_SEED.values()) + 1000 > max(who) and {s for s, _ in items} == {'train', 'validation', 'test'}
 
 def test_each_point_shares_the_longest_prefix():
