@@ -24,10 +24,10 @@ def batches(regions, tokenizer, stage, grid):
     return items, collator(PetVLMProcessor(tokenizer, 96), stage, CFG.inputs)
 
 # The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
-# `latent` are CLIP's projections to the shared space. `heads`, `truth` and the lm and pretrain stages are the phantom's stand-in for published weights.
+# `latent` are CLIP's projections to the shared space. `heads`, `truth`, the lm and pretrain stages and the projection in fusion are the phantom's stand-in for published weights.
 MOVES = {'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
          'clip_pet': {'encode.pet', 'text.pet', 'latent.pet'}, 'clip_ct': {'encode.ct', 'text.ct', 'latent.ct'},
-         'fusion': {'fuse', 'text.full', 'latent.full', 'heads.full'}, 'projection': {'project'}}
+         'fusion': {'fuse', 'text.full', 'latent.full', 'heads.full', 'project'}, 'projection': {'project'}}
 
 @pytest.mark.parametrize('name', MOVES)
 def test_the_exact_set_of_trainable_names(name, tokenizer):
@@ -36,7 +36,7 @@ def test_the_exact_set_of_trainable_names(name, tokenizer):
     assert set(names) == {n for n, _ in model.named_parameters() if any(n.startswith(p + '.') for p in MOVES[name])}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(names)
 
-def test_at_paper_objectives_fusion_moves_no_head():
+def test_at_paper_objectives_fusion_moves_neither_head_nor_projection():
     assert load_params()['systems']['vipet']['stages']['fusion']['train'] == ['fuse.*', 'text.full.*', 'latent.full.*']
 
 def test_instruction_tuning_moves_the_projection_and_every_linear_adapter(tokenizer):
