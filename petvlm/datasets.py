@@ -12,8 +12,7 @@ from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .prepare import standardise
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'dimmed',
-           'Items']
+__all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -78,14 +77,6 @@ def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str
         out[token, [n + 2 + FACETS.index(word) for word in LABELS[label_of(f)] if word]] = 1
     return out
 
-# %% ../nbs/09_datasets.ipynb #f2d47b85
-def dimmed(truth: np.ndarray, rng: np.random.Generator, least: float = .35, noise: float = .08) -> np.ndarray:
-    "`truth` of `lattice_truth` with each token's description fainter by a factor from `least` to 1, and Gaussian noise on it; labels and region stay as they are."
-    out, said = truth.copy(), slice(len(LABELS), -len(REGIONS))
-    out[:, said] *= rng.uniform(least, 1, (len(out), 1)).astype(np.float32)
-    out[:, said] += noise*rng.standard_normal(out[:, said].shape, np.float32)
-    return out
-
 # %% ../nbs/09_datasets.ipynb #4febb420
 def _shift(x: np.ndarray, by) -> np.ndarray:
     "`x` moved by whole voxels, edges repeated."
@@ -93,9 +84,9 @@ def _shift(x: np.ndarray, by) -> np.ndarray:
     return x[np.ix_(*index)]
 
 class Items(Dataset):
-    "`length` training items of `regions`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted, of 'pet', 'ct' (as encoders read them) and 'suv' (SUVbw); `dim`: descriptions are `dimmed`."
-    def __init__(self, regions: Regions, length: int, seed: int, inputs=('pet', 'ct', 'suv'), grid=(4, 4, 4), tasks=('report',), ask=None, shift: int = 1, suv_max: float = 10., dim: bool = False):
-        self.__dict__.update(regions=regions, length=length, seed=seed, inputs=inputs, grid=grid, tasks=tasks, ask=ask, shift=shift, suv_max=suv_max, dim=dim)
+    "`length` training items of `regions`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted, of 'pet', 'ct' (as encoders read them) and 'suv' (SUVbw)."
+    def __init__(self, regions: Regions, length: int, seed: int, inputs=('pet', 'ct', 'suv'), grid=(4, 4, 4), tasks=('report',), ask=None, shift: int = 1, suv_max: float = 10.):
+        self.__dict__.update(regions=regions, length=length, seed=seed, inputs=inputs, grid=grid, tasks=tasks, ask=ask, shift=shift, suv_max=suv_max)
 
     def __len__(self) -> int: return self.length
 
@@ -110,8 +101,7 @@ class Items(Dataset):
         image = lambda k: self.regions.suv(row) if k == 'suv' else self.regions.image(row, k)
         images, shape = {k: _shift(image(k), by)[None] for k in self.inputs}, self.regions.shape
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
-        truth = lattice_truth(moved, self.grid, shape, self.suv_max, rec['region'])
-        return images | {'truth': dimmed(truth, rng) if self.dim else truth, 'dialogue': self.dialogue(rec, rng),
+        return images | {'truth': lattice_truth(moved, self.grid, shape, self.suv_max, rec['region']), 'dialogue': self.dialogue(rec, rng),
                          'texts': {'pet': rec['parts']['PET'], 'ct': rec['parts']['CT'], 'full': rec['text']}}
 
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:

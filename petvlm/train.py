@@ -162,7 +162,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     if stage.lora: model.adapt(cfg.lora)
     split, ask = lambda name: Regions(where.prepared, name, cfg.data.suv_max), lambda rng: report_request(rng, cfg.data.language)
     items = Items(split('train'), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), reads(stage, cfg.inputs),
-                  model.grid, stage.tasks, ask, shift=cfg.data.shift, suv_max=cfg.data.suv_max, dim=stage.images == 'truth')
+                  model.grid, stage.tasks, ask, shift=cfg.data.shift, suv_max=cfg.data.suv_max)
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), work, cfg.seed)
