@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'Data', 'Align', 'Stage', 'Evaluation', 'Config', 'merge',
+__all__ = ['TASKS', 'OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'Data', 'Align', 'Stage', 'Evaluation', 'Config', 'merge',
            'load_params', 'resolve', 'digest', 'chain', 'plan', 'path_to', 'last_node', 'Paths', 'paths']
 
 # %% ../nbs/00_config.ipynb #359e058b
@@ -49,6 +49,8 @@ class Data:
     shift: int = 1                     # training augmentation: random shift, model voxels
 
 # %% ../nbs/00_config.ipynb #dd6f35d1
+TASKS = ('report', 'single', 'multi', 'list')   # a report; one question, a dialogue; the question that asks for all findings in a line
+
 @dataclass(frozen=True)
 class Align:
     "Equations 10-12: which voxels are regions of interest, and how equation 11 is read."
@@ -65,7 +67,7 @@ class Stage:
     lr: float
     steps: int
     batch: int
-    tasks: tuple[str, ...] = ('report',)   # 'report', 'single', 'multi': which texts are asked for
+    tasks: tuple[str, ...] = ('report',)   # some of TASKS: which texts are asked for, each as often as it is named
     images: str = 'image'              # 'image', or 'truth' (the phantom's labels in place of image tokens)
     lora: bool = False                 # adapters are added to the language model before this stage
     warmup: float = .05
@@ -150,6 +152,8 @@ def _forbid(cfg: Config):
     yield 'align' in objectives and 'pet' not in cfg.inputs, 'stages', "the alignment loss needs PET to find its regions"
     yield 'match' in objectives and cfg.pool.kind != 'none', 'pool', "the match loss compares image tokens one by one with findings on the encoder's lattice; pooled tokens have another"
     yield not objectives <= set(OBJECTIVES), 'stages', f"unknown objectives {sorted(objectives - set(OBJECTIVES))}, expected some of {sorted(OBJECTIVES)}"
+    tasks = {t for s in cfg.stages.values() for t in s.tasks}
+    yield not tasks <= set(TASKS), 'stages', f"unknown tasks {sorted(tasks - set(TASKS))}, expected some of {sorted(TASKS)}"
     yield cfg.align.reading not in ('union', 'region'), 'align.reading', f"found {cfg.align.reading!r}, expected 'union' or 'region'"
 
 # %% ../nbs/00_config.ipynb #9fd293fd

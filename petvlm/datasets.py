@@ -108,5 +108,6 @@ class Items(Dataset):
         "Question and answer turns of one item, of a task drawn from `tasks`."
         task = self.tasks[int(rng.integers(len(self.tasks)))]
         if task == 'report': return [(self.ask(rng), rec['text'])]
-        turns = [rec['single'][int(rng.integers(len(rec['single'])))]] if task == 'single' else rec['multi']
+        asked = [q for q in rec['single'] if task == 'single' or q['kind'] == task]
+        turns = rec['multi'] if task == 'multi' else [asked[int(rng.integers(len(asked)))]]
         return [(t['question'], t['answer']) for t in turns]

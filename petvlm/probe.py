@@ -59,10 +59,10 @@ def reports(model: PetVLM, processor: PetVLMProcessor, regions: Regions, ask: Ca
     return micro(said, there)
 
 # %% ../nbs/19_probe.ipynb #9d26d83b
-def probe(model: PetVLM, processor: PetVLMProcessor, regions: Regions, stage: Stage, ask: Callable, language: str) -> dict[str, dict]:
+def probe(model: PetVLM, processor: PetVLMProcessor, regions: Regions, stage: Stage, ask: Callable, language: str, max_new_tokens: int = 160) -> dict[str, dict]:
     "What the losses of `stage` can be probed for: `{loss: scores}`; leaves the model in evaluation mode."
     model.eval()
     names = {'sites_pet': 'pet', 'sites_ct': 'ct', 'sites': 'full'}
     out = {loss: heads(model, regions, names[loss]) for loss, w in stage.objective.items() if w and loss in names}
-    if stage.objective.get('lm'): out['lm'] = reports(model, processor, regions, ask, language, stage.images)
+    if stage.objective.get('lm'): out['lm'] = reports(model, processor, regions, ask, language, stage.images, max_new_tokens=max_new_tokens)
     return out

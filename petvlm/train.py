@@ -52,11 +52,11 @@ class StageTrainer(Trainer):
 
 # %% ../nbs/20_train.ipynb #6c397034
 def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
-    "`TrainingArguments` of one stage; bf16 where there is a GPU. Items are made beside the training where processes fork; elsewhere in line, since a spawned one would have to pickle them."
+    "`TrainingArguments` of one stage; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
     cuda = torch.cuda.is_available()
     return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, learning_rate=stage.lr, weight_decay=stage.weight_decay,
         lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(get_start_method() == 'fork'),
+        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
         report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
 
 # %% ../nbs/20_train.ipynb #6fcf6bcc
@@ -166,7 +166,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), work, cfg.seed)
-    report |= {'node': node, 'key': key, 'after': lineage[:-1], 'held_out': probe(model, processor, split('validation'), stage, ask, cfg.data.language)}
+    report |= {'node': node, 'key': key, 'after': lineage[:-1], 'held_out': probe(model, processor, split('validation'), stage, ask, cfg.data.language, cfg.evaluation.max_new_tokens)}
     save_node(model, report, where.node(node))
     shutil.rmtree(work, ignore_errors=True)
     return report

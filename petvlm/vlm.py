@@ -102,6 +102,11 @@ class PetVLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module): pass  # every part initialises itself
 
+    def tie_weights(self, missing_keys=None, recompute_mapping=True):
+        "As transformers does it, with the names looked up anew: adapters wrap the language model, which renames its tied weights."
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        super().tie_weights(missing_keys, recompute_mapping=False)
+
     def get_input_embeddings(self): return self.lm.get_input_embeddings()
     def get_output_embeddings(self): return self.lm.get_output_embeddings()
 
@@ -113,6 +118,7 @@ def adapt(self: PetVLM, args: dict) -> None:
     "Add LoRA adapters to the language model, once."
     if self.config.lora: return
     self.config.lora, self.lm = dict(args), lora(self.lm, **args)
+    self.tie_weights()
 
 @patch
 def train(self: PetVLM, mode: bool = True) -> PetVLM:

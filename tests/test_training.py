@@ -24,8 +24,8 @@ def batches(regions, tokenizer, stage, grid):
     return items, collator(PetVLMProcessor(tokenizer, 96), stage, CFG.inputs)
 
 # The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
-# `latent` are CLIP's projections to the shared space. `heads`, `truth`, the lm and pretrain stages and the projection in fusion are the phantom's stand-in for published weights.
-MOVES = {'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
+# `latent` are CLIP's projections to the shared space. `heads`, `truth`, the lm and pretrain stages, and the projection in fusion are the phantom's stand-in for published weights.
+MOVES = {'lm_list': {'lm', 'truth'}, 'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
          'clip_pet': {'encode.pet', 'text.pet', 'latent.pet'}, 'clip_ct': {'encode.ct', 'text.ct', 'latent.ct'},
          'fusion': {'fuse', 'text.full', 'latent.full', 'heads.full', 'project'}, 'projection': {'project'}}
 
