@@ -151,6 +151,7 @@ def _forbid(cfg: Config):
     yield cfg.fuse.kind == 'cross_attention' and cfg.inputs != ('pet', 'ct'), 'inputs', f"found {cfg.inputs}; cross-attention fusion asks CT with PET (equation 5): [pet, ct]"
     yield 'align' in objectives and 'pet' not in cfg.inputs, 'stages', "the alignment loss needs PET to find its regions"
     yield 'match' in objectives and cfg.pool.kind != 'none', 'pool', "the match loss compares image tokens one by one with findings on the encoder's lattice; pooled tokens have another"
+    yield 'match' in objectives and not any(s.images == 'truth' for s in cfg.stages.values()), 'stages', "the match loss needs a stage with images: truth, which teaches how findings are described"
     yield not objectives <= set(OBJECTIVES), 'stages', f"unknown objectives {sorted(objectives - set(OBJECTIVES))}, expected some of {sorted(OBJECTIVES)}"
     tasks = {t for s in cfg.stages.values() for t in s.tasks}
     yield not tasks <= set(TASKS), 'stages', f"unknown tasks {sorted(tasks - set(TASKS))}, expected some of {sorted(TASKS)}"

@@ -12,7 +12,8 @@ from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .prepare import standardise
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth', 'Items']
+__all__ = ['LABELS', 'INDEX', 'VIEWS', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth',
+           'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -28,11 +29,13 @@ def label_of(f: dict | Finding) -> int:
     return INDEX[f['organ'], f['side'], f['kind'], f['uptake']]
 
 # %% ../nbs/09_datasets.ipynb #b29b5d28
-def visible(n_inputs: tuple[str, ...] = ('pet', 'ct', 'full')) -> np.ndarray:
-    "`(3, len(LABELS))` of 0 and 1: the findings that PET, CT and both together can show."
+VIEWS = ('pet', 'ct', 'full')   # what a head or a text tower may look at: one input, or both fused
+
+def visible() -> np.ndarray:
+    "`(len(VIEWS), len(LABELS))` of 0 and 1: the findings that PET, CT and both together can show."
     seen = [Finding(o, s, k, None, None, u).seen_on for o, s, k, u in LABELS]
     rows = {'pet': ('pet', 'both'), 'ct': ('ct', 'both'), 'full': ('pet', 'ct', 'both')}
-    return np.array([[x in rows[n] for x in seen] for n in n_inputs], np.float32)
+    return np.array([[x in rows[n] for x in seen] for n in VIEWS], np.float32)
 
 # %% ../nbs/09_datasets.ipynb #a2b40b5c
 class DatasetError(ValueError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import numpy as np, torch
 from .config import Stage
-from .datasets import LABELS, Regions, lattice_truth
+from .datasets import LABELS, VIEWS, Regions, lattice_truth
 from .processor import PetVLMProcessor
 from .reports import parse
 from .vlm import PetVLM
@@ -35,7 +35,7 @@ def _images(model: PetVLM, regions: Regions, rows) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def heads(model: PetVLM, regions: Regions, name: str, threshold: float = .3, batch: int = 32) -> dict[str, float]:
     "`micro` scores of the head `name` ('pet', 'ct' or 'full'): findings with organ, side, kind and uptake, as sets per region, among those that this input can show."
-    seen, said, there = model.visible[('pet', 'ct', 'full').index(name)].bool().cpu(), [], []
+    seen, said, there = model.visible[VIEWS.index(name)].bool().cpu(), [], []
     for rows in _batches(len(regions), batch):
         images = _images(model, regions, rows)
         tokens = model.fused(images) if name == 'full' else model.encode[name](images[name])

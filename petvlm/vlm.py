@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_masks, supervised_queries
+from .datasets import VIEWS
 from .encoders import build_encoder
 from .fusion import build_fusion
 from .language import TextTower, lora
@@ -97,7 +98,7 @@ class PetVLM(PreTrainedModel, GenerationMixin):
         if c.n_labels:
             self.heads = nn.ModuleDict({n: SiteHead(grid, dim, c.n_labels, place=n != 'full') for n in names})
             self.truth = nn.Linear(2 + c.n_facets, width)
-        self.register_buffer('visible', torch.ones(3, c.n_labels), persistent=True)   # rows: pet, ct, full
+        self.register_buffer('visible', torch.ones(len(VIEWS), c.n_labels), persistent=True)
         self.post_init()
 
     def _init_weights(self, module): pass  # every part initialises itself
@@ -192,7 +193,7 @@ def _match(m: PetVLM, b: dict, state: dict) -> Tensor:
 def _sites(name):
     def loss(m: PetVLM, b: dict, state: dict) -> Tensor:
         t = state['fused'] if name == 'full' else m.encode[name](b[name])
-        return site_loss(m.heads[name](t), b['truth'], m.visible[('pet', 'ct', 'full').index(name)])
+        return site_loss(m.heads[name](t), b['truth'], m.visible[VIEWS.index(name)])
     return loss
 
 LOSSES = {'clip_pet': _clip('pet'), 'clip_ct': _clip('ct'), 'clip_full': _clip('full'), 'sites_pet': _sites('pet'), 'sites_ct': _sites('ct'), 'sites': _sites('full'),
