@@ -1,40 +1,20 @@
 "CT-ViT and ViT3D are numerically those of the reference implementations; frozen codebooks stay; odd shapes work."
-import re
 import pytest, torch
 from parity import difference, expected, fixture, tensor, weights
+from petvlm.checkpoints import load_published
 from petvlm.codebook import CosineCodebook
 from petvlm.encoders import CTViT, EncoderError, ViT3D, build_encoder
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
 
-# reference key -> ours; the reference's unused layers (first frame, to_pixels, context_norm, empty null_kv) have no counterpart
-CTVIT = [(r'^to_patch_emb\.(\d)', lambda m: f'stem.{int(m[1]) - 1}'), (r'^spatial_rel_pos_bias\.net\.(\d)(\.0)?\.', r'bias.net.\1.'),
-         (r'^enc_(spatial|temporal)_transformer\.norm_out', r'\1.norm'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.0\.dsconv', r'\1.layers.\2.peg'),
-         (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.1\.', r'\1.layers.\2.attn.'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.0', r'\1.layers.\2.ff.0'),
-         (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.1', r'\1.layers.\2.ff.1'), (r'^enc_(spatial|temporal)_transformer\.layers\.(\d+)\.3\.4', r'\1.layers.\2.ff.2'),
-         (r'^vq\._codebook\.', 'codebook.')]
-UNUSED = re.compile('first_frame|to_pixels|context_norm|null_kv|initted')
-VIT = [(r'^cls_token', 'cls'), (r'^patch_embedding\.position_embeddings', 'position'), (r'^patch_embedding\.patch_embeddings\.1', 'embed'),
-       (r'mlp\.linear1', 'mlp.0'), (r'mlp\.linear2', 'mlp.2'), (r'attn\.out_proj', 'attn.out')]
-
-def renamed(state: dict, rules) -> dict:
-    "A reference state dict under our names."
-    out = {}
-    for key, value in state.items():
-        if UNUSED.search(key): continue
-        for old, new in rules: key = re.sub(old, new, key)
-        out[key] = value[0] if key.startswith('codebook.') else value
-    return out
-
 def reference_ctvit(name: str) -> CTViT:
     meta = fixture(name); c = meta['config']
     size, p = c['image_size'], c['patch_size']
-    model = CTViT((meta['input']['video']['shape'][2], size, size), (c['temporal_patch_size'], p, p), dim=c['dim'], codebook_size=c['codebook_size'], dim_head=c['dim_head'],
-                  heads=c['heads'], spatial_depth=c['spatial_depth'], temporal_depth=c['temporal_depth'])
-    missing, unexpected = model.load_state_dict(renamed(weights(meta), CTVIT), strict=False)
-    assert not unexpected and missing == ['codebook.cluster_size']
-    return model.eval()
+    model, audit = load_published('ctclip.ctvit', weights(meta), image_size=(meta['input']['video']['shape'][2], size, size), patch_size=(c['temporal_patch_size'], p, p))
+    assert {k: audit.sizes[k] for k in ('dim', 'heads', 'dim_head', 'codebook_size', 'spatial_depth', 'temporal_depth')} == {k: c[k] for k in ('dim', 'heads', 'dim_head', 'codebook_size', 'spatial_depth', 'temporal_depth')}
+    assert list(audit.kept) == ['codebook.cluster_size'] and not any(k.startswith('enc_') and 'null_kv' not in k and 'context_norm' not in k for k in audit.passed_over)
+    return model
 
 def tapped(modules: dict, run) -> dict:
     "The outputs of named `modules` while `run` is called."
@@ -67,8 +47,8 @@ def test_ctvit_tokens_are_codes():
 @torch.no_grad()
 def test_vit3d_equals_the_m3d_reference(name):
     meta = fixture(name); c = meta['config']
-    model = ViT3D(c['img_size'], c['patch_size'], dim=c['hidden_size'], depth=c['num_layers'], heads=c['num_heads'], mlp_dim=c['mlp_dim']).eval()
-    model.load_state_dict(renamed(weights(meta), VIT))
+    model, audit = load_published('m3d.vit', weights(meta), image_size=c['img_size'], patch_size=c['patch_size'], heads=c['num_heads'])
+    assert not audit.passed_over and not audit.kept
     hidden = {k: model.blocks[int(k.removeprefix('hidden'))] for k in meta['outputs'] if k.startswith('hidden')}
     seen = tapped(hidden, lambda: model.sequence(tensor(meta['input']['x'])))
     for k in hidden: assert difference(name, k, seen[k]).max() < 1e-4, k

@@ -2,6 +2,7 @@
 import pytest, torch
 import torch.nn.functional as F
 from parity import difference, fixture, tensor, weights
+from petvlm.checkpoints import load_published
 from petvlm.fusion import CrossAttentionFusion, FusionError, build_fusion
 from petvlm.projectors import LinearProjector, MLPProjector, ProjectorError, SpatialPool, build_pool, build_projector
 from petvlm.tokens import Tokens
@@ -49,10 +50,8 @@ def test_what_cannot_be_fused_says_why(make):
 
 @torch.no_grad()
 def test_spatial_pool_and_mlp_equal_the_m3d_reference():
-    w, x = weights(fixture('spp_reduced')), tensor(fixture('spp_reduced')['input']['x'])
-    project = MLPProjector(48, 64)
-    project.load_state_dict({k.replace('projector', 'net'): v for k, v in w.items()})
-    t = project(SpatialPool(2)(Tokens(x, (4, 4, 6))))
+    project, _ = load_published('m3d.spatial_pool', weights(fixture('spp_reduced')))
+    t = project(Tokens(tensor(fixture('spp_reduced')['input']['x']), (4, 4, 6)))
     assert t.grid == (2, 2, 3) and difference('spp_reduced', 'out', t.x).max() < 1e-6
 
 @torch.no_grad()

@@ -1,8 +1,13 @@
-"""Foci: measurements against hand calculation, independence of the grid, physiological uptake."""
+"""Foci: measurements against hand calculation, independence of the grid, physiological uptake; reported lesions as the published code draws them."""
+import hashlib, json
+from pathlib import Path
 import numpy as np
 import pytest
-from petvlm.lesions import LesionError, candidates, longest_extent, measure, segment, sphere_kernel
+from safetensors.numpy import load_file
+from petvlm.lesions import LesionError, candidates, find_reported, iterative_threshold, longest_extent, measure, segment, sphere_kernel
 from petvlm.volume import Volume
+
+HERE = Path(__file__).parent/'fixtures'
 
 
 def grid(spacing, mm=160.):
@@ -68,3 +73,35 @@ def test_refusals():
 
 
 def test_longest_of_a_single_voxel_is_its_width(): assert longest_extent([[0, 0, 0]], (5, 4, 4)) == pytest.approx(5, rel=.01)
+
+
+def synthetic(case):
+    "A fixture's volume by its written rule, as (D, H, W): its slices run along the last axis, counted from the far end."
+    noise = np.random.Generator(np.random.PCG64(case['seed'])).standard_normal(tuple(case['shape']), dtype=np.float32).astype(float)
+    v, at = np.clip(case['bg'] + case['sigma']*noise, 0, None), np.indices(case['shape']).astype(float)
+    for lesion in case['lesions']:
+        d = np.sqrt(sum(((at[a] - lesion['c'][a])/lesion['r'][a])**2 for a in range(3)))
+        v = np.maximum(v, case['bg'] + (lesion['peak'] - case['bg'])/(1 + np.exp((d - 1)*lesion['edge'])))
+    v = np.round(v*64)/64
+    assert hashlib.sha256((v*64).astype('<i4').tobytes()).hexdigest() == case['sha256']
+    return Volume(v.transpose(2, 1, 0), np.diag([*case['voxel_mm'][::-1], 1.])[[2, 1, 0, 3]], 'SUVbw')
+
+
+ITM = json.loads((HERE/'huemann_itm.json').read_text(encoding='utf-8'))
+
+@pytest.mark.parametrize('case', ITM['cases'], ids=lambda c: c['name'])
+def test_reported_lesions_are_found_and_drawn_as_published(case):
+    pet, masks = synthetic(case), load_file(HERE/'huemann_itm.safetensors')
+    found = [(row['Label_Name'], p[::-1]) for row in case['rows'] for p in find_reported(pet, row['SUV'], row['Slice'])]
+    assert found == [(c['Label_Name'], (c['i'], c['j'], c['k'])) for c in case['candidates']]
+    written = 0
+    for want in case['itm']:
+        got = iterative_threshold(pet, want['suv'], want['start'][::-1], voxel_ml=want['voxel_ml'])
+        if 'IndexError' in str(want['result']): continue                       # the published code ran over the border
+        np.testing.assert_allclose(got.passes, [(s['volume_ml'], s['background'], s['threshold']) for s in want['steps']], rtol=1e-12)
+        assert got.first_background == pytest.approx(want['first_background'], rel=1e-12)
+        if got.dropped: assert 'dropped' in want['result']; continue
+        mask = np.unpackbits(masks[f"{case['name']}__{written}"])[:got.labels.data.size].reshape(case['shape'])
+        assert (got.labels.data.transpose(2, 1, 0) == mask).all() and got.labels.data.sum() == want['result']
+        written += 1
+    assert written == len(case['masks'])
