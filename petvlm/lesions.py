@@ -10,7 +10,8 @@ from scipy import ndimage as ndi
 from .volume import Volume, resample
 
 # %% auto #0
-__all__ = ['METHODS', 'MARGIN_MM', 'LesionError', 'Lesion', 'sphere_kernel', 'longest_extent', 'measure', 'segment', 'candidates']
+__all__ = ['METHODS', 'MARGIN_MM', 'SUV_TOLERANCE', 'LEAST_SUV', 'LesionError', 'Lesion', 'sphere_kernel', 'longest_extent',
+           'measure', 'segment', 'candidates', 'find_reported', 'Growth', 'iterative_threshold']
 
 # %% ../nbs/04_lesions.ipynb #cba9f9ee
 class LesionError(ValueError): "A segmentation that cannot be made as asked; the message says what was found and expected."
@@ -132,3 +133,65 @@ def _normal(suv, labels, usual) -> np.ndarray:
 def candidates(pet: Volume, method: str = 'fixed', threshold: float = 4., physiological: Volume | None = None, min_ml: float = .3) -> list[Lesion]:
     "The foci of `pet` (SUVbw) found by `segment` and measured, hottest first. Candidates, not diagnoses: brain, heart, bladder count until `physiological` names them."
     return measure(pet, segment(pet, method, threshold, physiological, min_ml))
+
+# %% ../nbs/04_lesions.ipynb #a9c477c5
+SUV_TOLERANCE, LEAST_SUV = .1, 2.5     # a report rounds its SUVmax to one decimal; fainter lesions are not looked for
+
+def find_reported(pet: Volume, suvmax: float, slice_number: int) -> list[tuple[int, int, int]]:
+    """Hottest voxels (d, h, w) of the foci of `pet` (SUVbw) that a report can mean by `suvmax` (SUVbw, rounded) in axial slice `slice_number`, counted from the head from 1; [] if none fits.
+
+    A focus is 6-connected above `0.617 + 0.316*suvmax`, passes through the slice, and has its maximum within 0.1 of `suvmax`; one of more than 50 slices and less than 5 SUV is taken for an organ.
+    More than one: the report does not say which. Raises `LesionError` for a slice outside the scan. Source: Huemann et al.; PETAR, section 3."""
+    suv, d = _suv(pet), len(pet.data) - slice_number
+    if not 0 <= d < len(suv): raise LesionError(f"slice {slice_number} lies outside the scan, which has slices 1 (head) to {len(suv)}")
+    if suvmax < LEAST_SUV: return []
+    labels, _ = ndi.label(suv > .617 + .316*suvmax)
+    found = []
+    for k in np.unique(labels[d][labels[d] > 0]):
+        inside = labels == k
+        top = np.unravel_index(np.where(inside, suv, -np.inf).argmax(), suv.shape)
+        length = np.ptp(np.flatnonzero(inside.any((1, 2)))) + 1
+        if abs(float(suv[top]) - suvmax) <= SUV_TOLERANCE + 1e-9 and not (length > 50 and suvmax < 5): found.append(tuple(map(int, top)))
+    return found
+
+# %% ../nbs/04_lesions.ipynb #696822a4
+@dataclass(frozen=True)
+class Growth:
+    "What `iterative_threshold` did: `labels` (1 inside; None when the lesion was dropped), each pass's (volume ml, background SUV, threshold SUV), the `first_background`, and why it was dropped."
+    labels: Volume | None
+    passes: tuple[tuple[float, float, float], ...]
+    first_background: float
+    dropped: str = ''
+
+def _surface_mean(suv, inside) -> float:
+    "Mean over the outermost voxels of `inside` widened by a cube of three voxels each way."
+    wide = ndi.binary_dilation(inside, _NEIGHBOURS, iterations=3)
+    return float(suv[wide & ~ndi.binary_erosion(wide)].mean(dtype=float))
+
+def iterative_threshold(pet: Volume, suvmax: float, start: tuple[int, int, int], voxel_ml: float | None = None, most: int = 100) -> Growth:
+    """Grow the lesion of reported `suvmax` (SUVbw) from its hottest voxel `start` (d, h, w) by the threshold above, until it changes by at most 1 %.
+
+    The first step takes the 18 neighbours above the threshold, each pass one layer of face neighbours; a contour never shrinks. A threshold above 0.9 of `suvmax` drops the lesion: it hardly stands out.
+    `voxel_ml`: volume of a voxel; the published code puts 0.0434652 where it is below 0.04. `most`: passes after which it is dropped. Raises `LesionError` for a start outside the scan or a unit that is not SUVbw.
+    Where the published code fails or wraps around (a contour near the border), this one stops at the border. Source: Huemann et al.; equal to their code voxel for voxel away from the border."""
+    suv, shape = _suv(pet), pet.shape
+    if not all(0 <= i < n for i, n in zip(start, shape)): raise LesionError(f"start {tuple(start)} lies outside the scan of {shape} voxels")
+    ml = float(abs(np.linalg.det(pet.affine[:3, :3])))/1000 if voxel_ml is None else voxel_ml
+    inside = np.zeros(shape, bool); inside[tuple(start)] = True
+    def around(reach):                                    # only the lesion's surroundings: a scan is millions of voxels, a lesion a thousand
+        box, = ndi.find_objects(inside.astype(np.uint8))
+        return tuple(slice(max(0, s.start - reach), s.stop + reach) for s in box)
+    def grow(neighbours, threshold):
+        box = around(2); inside[box] |= ndi.binary_dilation(inside[box], neighbours) & (suv[box] > threshold)
+    def background(): box = around(5); return _surface_mean(suv[box], inside[box])
+    passes, first = [], background()
+    threshold = .617*first + .316*suvmax
+    grow(ndi.generate_binary_structure(3, 2), threshold)
+    for _ in range(most):
+        volume, b, before = float(inside.sum())*ml, background(), threshold
+        threshold = (.078/volume + .617*b/suvmax + .316)*suvmax
+        passes.append((volume, b, threshold))
+        if threshold > .9*suvmax: return Growth(None, tuple(passes), first, f"threshold {threshold:.2f} is more than 0.9 of SUVmax {suvmax:g}")
+        grow(ndi.generate_binary_structure(3, 1), threshold)
+        if abs(threshold - before) <= .01*before: return Growth(pet.replace(data=inside, unit='label'), tuple(passes), first)
+    return Growth(None, tuple(passes), first, f"the threshold still moves after {most} passes")
