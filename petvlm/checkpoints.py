@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .dcformer import DCFormer
 from .encoders import CTViT, ViT3D
 from .mixers import DualMixer
+from .petar import PetarTower
 from .projectors import LinearProjector, MLPProjector, SpatialPool
 
 # %% auto #0
@@ -84,6 +85,11 @@ def _dcformer(state: dict, given: dict) -> dict:
     return _sized(given, image_size=(128, 256, 256), stride=4) | dict(dims=tuple(map(width, range(n))), blocks=tuple(_count(state, rf'encoder\.s{i}\.(\d+)\.') for i in range(1, n)),
                                                                    kernels=tuple(_get(state, f'encoder.s{i}.0.dwconv.c1.0.weight').shape[2] for i in range(1, n)))
 
+def _petar(state: dict, given: dict) -> dict:
+    under = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    ct = given.get('ct', 'separate' if under('ct_tower.') else 'shared')      # a shared and an absent CT encoder look the same
+    return _vit(under('vision_tower.'), {k: v for k, v in given.items() if k != 'ct'}) | dict(ct=ct, ct_cls='ct_tower.cls_token' in state)
+
 # %% ../nbs/18_checkpoints.ipynb #3bc10e87
 def _mixer(state: dict, given: dict) -> dict:
     _sized(given)
@@ -107,10 +113,13 @@ def _branch(m: re.Match) -> str:
     "Published branches c1, c2, c3 run along h, w, d; ours along d, h, w."
     return f".axes.{ {'1': 1, '2': 2, '3': 0}[m[1]] }."
 
+_VIT = ((r'\bcls_token', 'cls'), (r'\bpatch_embedding\.position_embeddings', 'position'), (r'\bpatch_embedding\.patch_embeddings\.1', 'embed'),
+        (r'mlp\.linear1', 'mlp.0'), (r'mlp\.linear2', 'mlp.2'), (r'attn\.out_proj', 'attn.out'))
+
 LAYOUTS = {
-    'm3d.vit': Layout(lambda s: ViT3D(**s), _vit,
-        ((r'^cls_token', 'cls'), (r'^patch_embedding\.position_embeddings', 'position'), (r'^patch_embedding\.patch_embeddings\.1', 'embed'),
-         (r'mlp\.linear1', 'mlp.0'), (r'mlp\.linear2', 'mlp.2'), (r'attn\.out_proj', 'attn.out'))),
+    'm3d.vit': Layout(lambda s: ViT3D(**s), _vit, _VIT),
+    'petar.tower': Layout(lambda s: PetarTower(**s), _petar,
+        ((r'^vision_tower\.', 'pet.'), (r'^ct_tower\.', 'ct.'), (r'patch_embedding_mask\.position_embeddings', 'mask_position'), (r'patch_embedding_mask\.patch_embeddings\.1', 'mask_embed'), *_VIT)),
     'm3d.spatial_pool': Layout(
         lambda s: nn.Sequential(SpatialPool(s['size']), LinearProjector(s['in_dim'], s['out_dim']) if s['depth'] == 1 else MLPProjector(s['in_dim'], s['out_dim'], s['depth'])),
         _pool, ((r'^projector\.', '1.net.'),)),

@@ -11,7 +11,7 @@ from .volume import Volume, resample
 
 # %% auto #0
 __all__ = ['METHODS', 'MARGIN_MM', 'SUV_TOLERANCE', 'LEAST_SUV', 'LesionError', 'Lesion', 'sphere_kernel', 'longest_extent',
-           'measure', 'segment', 'candidates', 'find_reported', 'Growth', 'iterative_threshold']
+           'measure', 'segment', 'candidates', 'find_reported', 'Growth', 'iterative_threshold', 'label_reported']
 
 # %% ../nbs/04_lesions.ipynb #cba9f9ee
 class LesionError(ValueError): "A segmentation that cannot be made as asked; the message says what was found and expected."
@@ -195,3 +195,21 @@ def iterative_threshold(pet: Volume, suvmax: float, start: tuple[int, int, int],
         grow(ndi.generate_binary_structure(3, 1), threshold)
         if abs(threshold - before) <= .01*before: return Growth(pet.replace(data=inside, unit='label'), tuple(passes), first)
     return Growth(None, tuple(passes), first, f"the threshold still moves after {most} passes")
+
+# %% ../nbs/04_lesions.ipynb #25b1e985
+def label_reported(pet: Volume, reported: list[tuple[float, int]]) -> tuple[Volume, list[str]]:
+    """Label volume of the lesions that a report gives by (SUVmax, slice from the head), row i as label i + 1, and per row '' or why it was dropped.
+
+    Raises `LesionError` for a unit that is not SUVbw or a slice outside the scan. Source: PETAR, section 3 (data set), Huemann et al."""
+    labels, reasons = np.zeros(pet.shape, np.int32), []
+    for i, (suvmax, number) in enumerate(reported):
+        fits = find_reported(pet, suvmax, number)
+        growth = iterative_threshold(pet, suvmax, fits[0]) if len(fits) == 1 else None
+        over = np.unique(labels[growth.labels.data > 0]) if growth and growth.labels else np.array([0])
+        if not fits: why = f"fainter than SUV {LEAST_SUV}" if suvmax < LEAST_SUV else f"no focus of SUVmax {suvmax:g} passes through slice {number}"
+        elif len(fits) > 1: why = f"{len(fits)} foci fit, the report does not say which"
+        elif growth.dropped: why = growth.dropped
+        elif over.any(): why = f"drawn over row {int(over[over > 0][0])}"
+        else: why = ''; labels[growth.labels.data > 0] = i + 1
+        reasons.append(why)
+    return pet.replace(data=labels, unit='label'), reasons

@@ -30,6 +30,7 @@ def tensor(spec: dict) -> torch.Tensor:
     "An input as its fixture describes it."
     rng, dist = np.random.Generator(np.random.PCG64(spec['seed'])), spec['dist']
     if dist == 'normal': return torch.from_numpy(rng.standard_normal(tuple(spec['shape']), dtype=np.float32))
+    if dist.startswith('binary'): return torch.from_numpy((rng.random(tuple(spec['shape']), dtype=np.float32) > np.float32(dist.partition('>')[2])).astype(np.float32))
     lo, hi = (float(v) for v in dist.removeprefix('uniform[').rstrip(')').split(','))
     return torch.from_numpy(np.float32(lo) + np.float32(hi - lo)*rng.random(tuple(spec['shape']), dtype=np.float32))
 
