@@ -179,9 +179,9 @@ def _scale(params: dict, name: str) -> list[dict]:
     return (_scale(params, like) if like else []) + [own]
 
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
-    "The point `point` of `params.yaml` at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key."
+    "The point `point` of `params.yaml` (of `points`, or of `offered`, which the pipeline does not run) at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key."
     params = params or load_params()
-    spec, scale = _pick(params, 'points', point), scale or params['scale']
+    spec, scale = _pick({'points': params['points'] | params.get('offered', {})}, 'points', point), scale or params['scale']
     layers = [params['base'], _pick(params, 'systems', spec['system']), *_scale(params, scale), _pick(params, 'ablations', spec['ablation'])]
     values = {}
     for layer in layers: values = merge(values, layer)

@@ -67,9 +67,9 @@ def provenance(cfg: Config, where: Paths, node: str) -> dict:
 # %% ../nbs/35_evaluate.ipynb #1943c88e
 def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
     "The trained model of a point, its processor and the node that finished it. Raises `petvlm.train.TrainError` if it was not trained."
-    processor, nodes, node = PetVLMProcessor.from_pretrained(where.prepared/'processor'), plan(scale=where.scale), last_node(cfg.point, scale=where.scale)
-    lineage = [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in path_to(node, nodes)]
-    return load_point(cfg, processor.tokenizer, lineage).eval(), processor, node
+    nodes, node = plan(scale=where.scale), last_node(cfg.point, scale=where.scale)
+    model, processor = load_point(cfg, where.prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in path_to(node, nodes)])
+    return model.eval(), processor, node
 
 def _arm(model, processor, regions: Regions, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
     "The result of one arm and its predictions."

@@ -17,9 +17,9 @@ from .vlm import PetVLM
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node', 'load_delta',
-           'language_config', 'text_config', 'build', 'reads', 'collator', 'load_point', 'train_node', 'make_processor',
-           'curve']
+__all__ = ['log', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node',
+           'load_delta', 'language_config', 'pretrained', 'text_config', 'build', 'reads', 'collator', 'load_point',
+           'train_node', 'make_processor', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -96,30 +96,39 @@ from .config import Part
 from .datasets import FACETS, LABELS, Items, Regions, visible
 from .probe import probe
 from .processor import PetVLMProcessor
-from .language import train_tokenizer
+from .language import add_image_token, load_causal_lm, smollm2, train_tokenizer
 from .reports import report_request
 from .vlm import PetVLMConfig
+
+PRETRAINED = {'hub': lambda name: load_causal_lm(name), 'smollm2': smollm2}   # kind of a language model -> how it is had with its weights
 
 def _spec(part: Part) -> dict: return {'kind': part.kind, 'args': part.args}
 
 def language_config(part: Part, tokenizer) -> dict:
-    "The transformers configuration of the language model `part`: `kind` is a model type with its sizes, or `hub` with a name or folder."
-    if part.kind == 'hub': return AutoConfig.from_pretrained(part.args['name']).to_dict()
+    "The transformers configuration of a language model made on the spot: `kind` is a model type with its sizes."
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return AutoConfig.for_model(part.kind, vocab_size=len(tokenizer), **ids, **part.args).to_dict()
 
+def pretrained(part: Part):
+    "The language model of `part` with its weights and its tokenizer, the image placeholder added to both: `hub` with a name or folder, `smollm2` from its package; None for one that is made on the spot. Raises `petvlm.language.LanguageError`."
+    if part.kind not in PRETRAINED: return None
+    lm, tokenizer = PRETRAINED[part.kind](**part.args)
+    add_image_token(tokenizer, lm)
+    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token          # masked wherever it stands
+    return lm, tokenizer
+
 def text_config(part: Part, tokenizer) -> dict:
-    "The transformers configuration of the text towers."
-    if part.kind == 'hub': return AutoConfig.from_pretrained(part.args['name']).to_dict()
+    "The transformers configuration of the text towers, which read the language model's tokens. Raises `TrainError` for published ones: they would need a tokenizer of their own beside it."
+    if part.kind in PRETRAINED: raise TrainError(f"text: {part.kind!r} towers with published weights are not supported yet; name a model type with its sizes, such as bert")
     return AutoConfig.for_model(part.kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **part.args).to_dict()
 
-def build(cfg: Config, tokenizer, labels: int = len(LABELS)) -> PetVLM:
-    "A freshly initialised model of the point `cfg`."
+def build(cfg: Config, tokenizer, labels: int = len(LABELS), lm=None) -> PetVLM:
+    "A freshly initialised model of the point `cfg`; `lm`: its language model, where that has weights already (`pretrained`)."
     torch.manual_seed(cfg.seed)
     config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool),
-        project=_spec(cfg.project), lm=language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels, n_facets=len(FACETS),
+        project=_spec(cfg.project), lm=lm.config.to_dict() if lm else language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels, n_facets=len(FACETS),
         image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, align=vars(cfg.align))
-    model = PetVLM(config)
+    model = PetVLM(config, lm)
     if labels: model.visible.copy_(torch.from_numpy(visible()))
     return model
 
@@ -144,21 +153,22 @@ def collator(processor: PetVLMProcessor, stage: Stage, inputs):
     return collate
 
 # %% ../nbs/20_train.ipynb #ff924204
-def load_point(cfg: Config, tokenizer, lineage: list[tuple[Stage, Path]]) -> PetVLM:
-    "The model of `cfg` after a lineage of (stage, folder), root first; adapters are added before the first stage that trains them."
-    model = build(cfg, tokenizer)
+def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -> tuple[PetVLM, PetVLMProcessor]:
+    "The model of `cfg` after a lineage of (stage, folder), root first, and its processor; adapters are added before the first stage that trains them. A pretrained language model brings its own tokenizer, others use that of `prepared`."
+    processor = PetVLMProcessor.from_pretrained(prepared/'processor')
+    lm, tokenizer = pretrained(cfg.lm) or (None, processor.tokenizer)
+    model = build(cfg, tokenizer, lm=lm)
     for stage, folder in lineage:
         if stage.lora: model.adapt(cfg.lora)
         load_delta(model, folder)
-    return model
+    return model, PetVLMProcessor(tokenizer, processor.n_image)
 
 def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     "Train one node of the tree (`petvlm.config.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage = cfg.stages[item['stage']]
-    processor = PetVLMProcessor.from_pretrained(where.prepared/'processor')
     lineage = path_to(node, nodes)
-    model = load_point(cfg, processor.tokenizer, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage[:-1]])
+    model, processor = load_point(cfg, where.prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage[:-1]])
     if stage.lora: model.adapt(cfg.lora)
     split, ask = lambda name: Regions(where.prepared, name, cfg.data.suv_max), lambda rng: report_request(rng, cfg.data.language)
     items = Items(split('train'), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), reads(stage, cfg.inputs),
@@ -173,11 +183,12 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
 
 # %% ../nbs/20_train.ipynb #400b5d86
 def make_processor(cfg: Config, folder: Path, vocab_size: int = 1024) -> PetVLMProcessor:
-    "Train the tokenizer on the training split of `folder` (or load the hub's, where the language model names one), and save the processor beside the data."
+    "Train the tokenizer on the training split of `folder` and save the processor beside the data. The number of image tokens follows from encoders, fusion and pool."
     texts = [t for r in Regions(folder, 'train').records for t in (r['text'], *[x for q in r['single'] + r['multi'] for x in (q['question'], q['answer'])])]
     tokenizer = train_tokenizer(texts, vocab_size)
+    made_here = Part('mistral', dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))   # any language model has as many image tokens
     shape = PetVLM(PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse),
-                                pool=_spec(cfg.pool), lm=language_config(cfg.lm, tokenizer))).out_grid
+                                pool=_spec(cfg.pool), lm=language_config(made_here, tokenizer))).out_grid
     processor = PetVLMProcessor(tokenizer, math.prod(shape))
     processor.save_pretrained(folder/'processor')
     return processor

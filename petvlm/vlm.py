@@ -75,11 +75,11 @@ def _trees(cfg: PetVLMConfig) -> dict[str, dict]:
     return {i: dict(cfg.encode[i]['args'], kind=cfg.encode[i]['kind'], image_size=tuple(cfg.image_size)) for i in cfg.inputs}
 
 class PetVLM(PreTrainedModel, GenerationMixin):
-    "A vision-language model over named 3-D inputs. `forward` takes one tensor `(B, 1, D, H, W)` per input and text with image placeholders."
+    "A vision-language model over named 3-D inputs. `forward` takes one tensor `(B, 1, D, H, W)` per input and text with image placeholders. `lm`: a language model with its weights, of the configuration `config.lm`; a fresh one by default."
     config_class = PetVLMConfig
     _supports_sdpa = True
 
-    def __init__(self, config: PetVLMConfig):
+    def __init__(self, config: PetVLMConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
         c = config
         self.encode = nn.ModuleDict({i: build_encoder(**kw) for i, kw in _trees(c).items()})
@@ -87,7 +87,8 @@ class PetVLM(PreTrainedModel, GenerationMixin):
         self.fuse = build_fusion(c.fuse['kind'], dim=dim, n_tokens=math.prod(grid), **c.fuse.get('args', {}))
         self.pool = build_pool(c.pool['kind'], **c.pool.get('args', {}))
         self.grid, self.out_grid = grid, self.pool.out_grid(grid)
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**c.lm), attn_implementation='petvlm_mass')
+        if lm is None: lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**c.lm), attn_implementation='petvlm_mass')
+        else: lm.set_attn_implementation('petvlm_mass')
         width = lm.config.hidden_size
         self.project = build_projector(c.project['kind'], in_dim=dim, out_dim=width, **c.project.get('args', {}))
         self.lm = lora(lm, **c.lora) if c.lora else lm

@@ -2,6 +2,7 @@
 import ast, re, subprocess
 from pathlib import Path
 import nbformat, pytest, yaml
+from IPython.core.inputtransformer2 import TransformerManager
 from petvlm.cli import plan_text
 from petvlm.config import load_params
 
@@ -51,7 +52,7 @@ def test_pipeline_notebooks_are_thin_and_stripped(path):
     code = [c for c in nb.cells if c.cell_type == 'code']
     assert any('parameters' in c.metadata.get('tags', []) for c in code)
     assert all(not c.outputs and c.execution_count is None for c in code)
-    defined = [n for c in code for n in ast.walk(ast.parse(c.source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    defined = [n for c in code for n in ast.walk(ast.parse(TransformerManager().transform_cell(c.source))) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     assert not defined
 
 def test_the_plan_follows_from_the_parameters():

