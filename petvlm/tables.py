@@ -204,7 +204,8 @@ def to_markdown(table: pd.DataFrame) -> str:
     return '\n'.join([f"**{table.attrs['caption']}**", '', *rows, '', *(f'- {n}' for n in table.attrs['notes']), ''])
 
 # %% ../nbs/32_tables.ipynb #88cb2d8e
-WRITERS: dict[str, Callable[[pd.DataFrame], str]] = {'csv': lambda t: t.to_csv(lineterminator='\n'), 'md': to_markdown, 'tex': to_latex}
+# four decimals: what lies behind them changes with the order in which threads add (seen in BERTScore's eighth digit), and the same command shall give the same table
+WRITERS: dict[str, Callable[[pd.DataFrame], str]] = {'csv': lambda t: t.to_csv(lineterminator='\n', float_format='%.4f'), 'md': to_markdown, 'tex': to_latex}
 
 def write_table(table: pd.DataFrame, folder: str | Path) -> list[Path]:
     "Write `<name>.csv`, `.md` and `.tex` into `folder` (made if absent)."
