@@ -37,7 +37,7 @@ plan: env
 	$(BIN)/python -m petvlm.cli plan $(if $(SCALE),--scale $(SCALE))
 
 repro: plan data
-	$(BIN)/dvc repro
+	$(BIN)/python -m petvlm.cli repro
 
 test: env
 	$(BIN)/python -m pytest

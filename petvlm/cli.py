@@ -4,15 +4,17 @@
 
 # %% ../nbs/40_cli.ipynb #5b65a99a
 from __future__ import annotations
-import argparse, re, subprocess, sys, textwrap
+import argparse, os, re, subprocess, sys, textwrap, time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
-from .config import ConfigError, find_root, last_node, load_params, plan
+from .config import ConfigError, find_root, last_nodes, load_params, plan, resolve
 from .phantom import make_data
 
 # %% auto #0
-__all__ = ['NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'make_data_folder', 'lock_text', 'study', 'main']
+__all__ = ['ALWAYS', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'repro', 'make_data_folder',
+           'lock_text', 'study', 'main']
 
 # %% ../nbs/40_cli.ipynb #254f6aee
 def set_scale(scale: str, root: Path) -> None:
@@ -23,12 +25,32 @@ def set_scale(scale: str, root: Path) -> None:
     text = path.read_text(encoding='utf-8')
     path.write_text(re.sub(r'(?m)^scale: *\w+', f'scale: {scale}', text, count=1), encoding='utf-8')
 
+def _file(thing) -> str: return thing.__module__.replace('.', '/') + '.py'
+
+def _code(cfg) -> tuple[str, str]:
+    "The files that hold what only some points use: the class of the first encoder, and what makes a row."
+    from petvlm.rows import kind_of
+    from petvlm.slots import ENCODERS                     # torch comes with them: only where it is needed
+    return _file(ENCODERS[cfg.encode[cfg.inputs[0]].kind]), _file(kind_of(cfg.data).make)
+
+ALWAYS = ('petvlm/tokens.py', 'petvlm/losses.py', 'petvlm/alignment.py')   # what every node depends on; where a node has fewer than three parents, these fill the template's places
+
 def plan_text(params: dict) -> str:
-    "The contents of `nbs/pipeline/plan.yaml`: the training tree as DVC's templates read it."
-    nodes = {k: v | {'after': f"runs/{params['scale']}/train/{v['after']}" if v['after'] else 'petvlm/config.py'} for k, v in plan(params).items()}
-    points = {p: {'last': f"runs/{params['scale']}/train/{last_node(p, params)}"} for p in params['points']}
-    head = "# Written by `make plan` from params.yaml: the training tree. DVC reads it; do not edit.\n"
-    return head + yaml.safe_dump({'nodes': nodes, 'points': points}, sort_keys=False)
+    "The contents of `nbs/pipeline/plan.yaml`: the data sets, the training graph and the points, as DVC's templates read them. Raises `ConfigError` for a node with more than three parents, or a point with two ends: the templates have no place for them."
+    runs, nodes, points, sets = f"runs/{params['scale']}", {}, {}, {}
+    for name, node in plan(params).items():
+        cfg, after = resolve(node['point'], params=params), [f'{runs}/train/{a}' for a in node['after']]
+        if len(after) > 3: raise ConfigError(f"{name} waits for {node['after']}: dvc.yaml has places for three")
+        places = {f'after{i + 1}': (after + list(ALWAYS[len(after):]))[i] for i in range(3)}
+        code, rows = _code(cfg)
+        nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | places | {'code': code}
+        sets.setdefault(cfg.data.name, {'point': node['point'], 'system': cfg.system, 'rows': rows})
+    for point in params['points']:
+        ends = last_nodes(point, params)
+        if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
+        points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': resolve(point, params=params).data.name}
+    head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
+    return head + yaml.safe_dump({'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
 def write_plan(scale: str = '') -> None:
     "Bring `nbs/pipeline/plan.yaml` in step with `params.yaml`."
@@ -36,6 +58,35 @@ def write_plan(scale: str = '') -> None:
     if scale: set_scale(scale, root)
     text, path = plan_text(load_params(root/'params.yaml')), root/'nbs/pipeline/plan.yaml'
     if not path.exists() or path.read_text(encoding='utf-8') != text: path.write_text(text, encoding='utf-8')
+
+# %% ../nbs/40_cli.ipynb #41059db7
+def lanes() -> int:
+    "How many systems are trained side by side."
+    import torch
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+def _dvc(targets: list[str], threads: int, root: Path, tries: int = 60) -> int:
+    "One `dvc repro` with `threads` per process; waits its turn while another one holds the repository's lock."
+    env = os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    for _ in range(tries):
+        run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        busy = False
+        for line in run.stdout:
+            busy |= 'Unable to acquire lock' in line or 'is busy' in line
+            sys.stdout.write(line); sys.stdout.flush()
+        if run.wait() == 0 or not busy: return run.returncode
+        time.sleep(5)
+    return run.returncode
+
+def repro(jobs: int = 0) -> int:
+    "Bring every result in step with data, code and configuration: `dvc repro`, system by system in `jobs` lanes, then the rest. Returns the exit code."
+    root, jobs = find_root(), jobs or lanes()
+    (root/'reports').mkdir(exist_ok=True)
+    params = load_params(root/'params.yaml'); systems = {}
+    for point in params['points']: systems.setdefault(params['points'][point]['system'], []).append(f'evaluate@{point}')
+    threads = max(1, (os.cpu_count() or 1)//jobs)
+    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, threads, root), systems.values()))
+    return max(codes) or _dvc([], os.cpu_count() or 1, root)
 
 # %% ../nbs/40_cli.ipynb #1e2ac6d0
 def make_data_folder() -> None:
@@ -68,7 +119,7 @@ def study(dicom: str, out: str, scale: str, point: str) -> Path:
     return target
 
 # %% ../nbs/40_cli.ipynb #4a15aa28
-COMMANDS = {'data': lambda a: make_data_folder(), 'plan': lambda a: write_plan(a.scale),
+COMMANDS = {'repro': lambda a: repro(a.jobs), 'data': lambda a: make_data_folder(), 'plan': lambda a: write_plan(a.scale),
             'lock': lambda a: (find_root()/'requirements.txt').write_text(lock_text(), encoding='utf-8'),
             'study': lambda a: sys.stdout.write(f'{study(a.dicom, a.out, a.scale or load_params()["scale"], a.point)}\n')}
 
@@ -76,11 +127,11 @@ def main(args=None) -> int:
     "`python -m petvlm.cli <command>`; a mistake in the configuration is one line, not a traceback."
     parser = argparse.ArgumentParser(prog='petvlm')
     parser.add_argument('command', choices=sorted(COMMANDS)); parser.add_argument('dicom', nargs='?', default='')
-    parser.add_argument('--scale', default=''); parser.add_argument('--out', default=''); parser.add_argument('--point', default='vipet')
+    parser.add_argument('--scale', default=''); parser.add_argument('--jobs', type=int, default=0); parser.add_argument('--out', default=''); parser.add_argument('--point', default='vipet')
     a = parser.parse_args(args)
-    try: COMMANDS[a.command](a)
+    try: code = COMMANDS[a.command](a)
     except ConfigError as e: sys.stderr.write(f'petvlm: {e}\n'); return 1
-    return 0
+    return code if a.command == 'repro' else 0
 
 # %% ../nbs/40_cli.ipynb #2356deae
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # as a module; a notebook has no file

@@ -11,7 +11,8 @@ import yaml
 
 # %% auto #0
 __all__ = ['TASKS', 'OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'Data', 'Align', 'Stage', 'Evaluation', 'Config', 'merge',
-           'load_params', 'resolve', 'digest', 'chain', 'plan', 'path_to', 'last_node', 'Paths', 'paths']
+           'Reads', 'reads', 'load_params', 'resolve', 'digest', 'trains', 'waits', 'chain', 'plan', 'path_to',
+           'last_nodes', 'lineage', 'Paths', 'paths']
 
 # %% ../nbs/00_config.ipynb #359e058b
 class ConfigError(ValueError):
@@ -36,20 +37,26 @@ class Part:
 @dataclass(frozen=True)
 class Data:
     "What is read and how it is put on the model grid."
+    kind: str                          # what a row is: 'regions', 'scans', 'lesions' or 'radiographs' (petvlm.rows)
     language: str                      # 'vi' or 'en': the reports' language
     dicom: int                         # phantom patients written as DICOM; all of them are held out (test)
     draws: int                         # phantom patients drawn straight onto the model grid for training
     validation: int                    # drawn patients for validation
     test: int                          # drawn patients added to the held-out DICOM ones
-    shape: tuple[int, ...]             # (D, H, W) of one region on the model grid, voxels
+    shape: tuple[int, ...]             # (D, H, W) of one row on the model grid, voxels (radiographs: views, H, W)
     spacing: float                     # in-plane voxel size of the model grid, mm
     overlap: int                       # slices that neighbouring regions share
     suv_max: float                     # SUVbw that becomes 1 on the model grid
     hu_window: tuple[float, ...]       # (low, high) HU that become 0 and 1
     shift: int = 1                     # training augmentation: random shift, model voxels
 
+    @property
+    def name(self) -> str:
+        "The folder of `prepared` that holds such rows."
+        return f'{self.kind}-{self.language}'
+
 # %% ../nbs/00_config.ipynb #dd6f35d1
-TASKS = ('report', 'single', 'multi', 'list')   # a report; one question, a dialogue; the question that asks for all findings in a line
+TASKS = ('report', 'single', 'multi', 'list', 'open', 'closed')   # a report; one question, a dialogue; the question that asks for all findings in a line; M3D's questions without and with choices
 
 @dataclass(frozen=True)
 class Align:
@@ -63,12 +70,14 @@ class Stage:
     "One stage of training, as data: what is minimised, what may move, for how long."
     name: str
     objective: dict                    # loss name -> weight
-    train: tuple[str, ...]             # name patterns of what moves; everything else is frozen
+    train: tuple[str, ...]             # name patterns of what moves, '!' before those that do not after all; everything else is frozen
     lr: float
     steps: int
     batch: int
     tasks: tuple[str, ...] = ('report',)   # some of TASKS: which texts are asked for, each as often as it is named
     images: str = 'image'              # 'image', or 'truth' (the phantom's labels in place of image tokens)
+    lattice: tuple[tuple[int, ...], ...] = ()   # lattices (d, h, w) on which the truth stands, one after the other; () = the model's own
+    split: str = 'train'               # rows trained on
     lora: bool = False                 # adapters are added to the language model before this stage
     warmup: float = .05
     weight_decay: float = .01
@@ -81,6 +90,9 @@ class Evaluation:
     batch: int
     vqa_per_region: int                # questions per held-out region
     bootstrap: int                     # resamples of patients for each interval
+    tasks: tuple[str, ...] = ('report', 'vqa')   # of petvlm.evaluate.TASKS
+    metrics: tuple[str, ...] = ('bleu4', 'rouge1', 'rougeL', 'bertscore')   # of texts (petvlm.metrics)
+    sizes: tuple[int, ...] = (50, 100)           # set sizes of retrieval
 
 # %% ../nbs/00_config.ipynb #0651a8ed
 @dataclass(frozen=True)
@@ -98,8 +110,10 @@ class Config:
     pool: Part
     project: Part
     text: Part
+    latent: Part                       # how tokens become one vector for the contrastive losses
     tau: float
     symmetric: bool
+    siglip: dict                       # form, and where t_prime and bias start
     lm: Part
     lora: dict
     align: Align
@@ -150,19 +164,36 @@ def _forbid(cfg: Config):
     yield cfg.fuse.kind == 'none' and len(cfg.inputs) > 1, 'fuse', f"none, with the inputs {cfg.inputs}: only one input passes without fusion"
     yield cfg.fuse.kind == 'cross_attention' and cfg.inputs != ('pet', 'ct'), 'inputs', f"found {cfg.inputs}; cross-attention fusion asks CT with PET (equation 5): [pet, ct]"
     yield 'align' in objectives and 'pet' not in cfg.inputs, 'stages', "the alignment loss needs PET to find its regions"
-    yield 'match' in objectives and cfg.pool.kind != 'none', 'pool', "the match loss compares image tokens one by one with findings on the encoder's lattice; pooled tokens have another"
     yield 'match' in objectives and not any(s.images == 'truth' for s in cfg.stages.values()), 'stages', "the match loss needs a stage with images: truth, which teaches how findings are described"
-    yield not objectives <= set(OBJECTIVES), 'stages', f"unknown objectives {sorted(objectives - set(OBJECTIVES))}, expected some of {sorted(OBJECTIVES)}"
+    kinds = {o.partition('_')[0] for o in objectives}
+    yield not kinds <= set(OBJECTIVES), 'stages', f"unknown objectives {sorted(kinds - set(OBJECTIVES))}, expected some of {sorted(OBJECTIVES)}, where needed with an input or 'full' (clip_pet, sites_full)"
+    views = {o.partition('_')[2] for o in objectives} - {''}
+    yield not views <= {*cfg.inputs, 'full'}, 'stages', f"objectives of {sorted(views - {*cfg.inputs, 'full'})}, but the inputs are {cfg.inputs}"
     tasks = {t for s in cfg.stages.values() for t in s.tasks}
     yield not tasks <= set(TASKS), 'stages', f"unknown tasks {sorted(tasks - set(TASKS))}, expected some of {sorted(TASKS)}"
     yield cfg.align.reading not in ('union', 'region'), 'align.reading', f"found {cfg.align.reading!r}, expected 'union' or 'region'"
 
 # %% ../nbs/00_config.ipynb #9fd293fd
-OBJECTIVES = {  # loss -> the slots that it reads
-    'sites_pet': ('encode.pet',), 'sites_ct': ('encode.ct',), 'sites': ('encode', 'fuse'),
-    'clip_pet': ('encode.pet', 'text', 'tau', 'symmetric'), 'clip_ct': ('encode.ct', 'text', 'tau', 'symmetric'),
-    'clip_full': ('encode', 'fuse', 'text', 'tau', 'symmetric'),
-    'lm': ('encode', 'fuse', 'pool', 'project', 'lm'), 'align': ('align',), 'match': ('project',)}
+class Reads(typing.NamedTuple):
+    "Settings (names of `Config`, {} = the view after the underscore) and parts of the model that a loss reads."
+    settings: tuple[str, ...]
+    parts: tuple[str, ...]
+
+OBJECTIVES = {
+    'sites': Reads(('encode.{}',), ('encode.{}', 'heads.{}')),
+    'clip': Reads(('encode.{}', 'text', 'latent', 'tau', 'symmetric'), ('encode.{}', 'text.{}', 'latent.{}')),
+    'siglip': Reads(('encode.{}', 'text', 'latent', 'siglip'), ('encode.{}', 'text.{}', 'latent.{}', 'sigmoid.{}')),
+    'contrast': Reads(('encode.full', 'lm', 'tau'), ('encode.full', 'lm', 'contrast')),
+    'lm': Reads(('encode.full', 'pool', 'project', 'lm'), ('encode.full', 'project', 'lm')),
+    'align': Reads(('align',), ()), 'match': Reads(('project',), ('truth',))}
+
+def reads(cfg: Config, stage: Stage) -> Reads:
+    "What `stage` reads, of `OBJECTIVES`; 'full' means every input in use and their fusion. Findings in place of images: the language model and their description alone."
+    if stage.images == 'truth': return Reads(('lm',) if stage.lattice else ('lm', *(f'encode.{i}' for i in cfg.inputs)), ('lm', 'truth'))
+    full = {'encode.full': (*(f'encode.{i}' for i in cfg.inputs), 'fuse')}
+    active = [o.partition('_') for o, w in stage.objective.items() if w]
+    names = lambda which: tuple(sorted({n for kind, _, view in active for slot in getattr(OBJECTIVES[kind], which) for n in full.get(slot.format(view), (slot.format(view),))}))
+    return Reads(names('settings'), names('parts'))
 
 # %% ../nbs/00_config.ipynb #a56cd3c8
 def load_params(path=None) -> dict:
@@ -178,13 +209,19 @@ def _scale(params: dict, name: str) -> list[dict]:
     own = dict(_pick(params, 'scales', name)); like = own.pop('like', None)
     return (_scale(params, like) if like else []) + [own]
 
+def _scaled(values: dict, layer: dict, system: str) -> dict:
+    "`values` with one layer of a scale: what is `common`, what holds for `every` stage, what is the system's."
+    every = {'stages': {name: layer.get('every', {}) for name in values['stages']}}
+    for part in (layer.get('common', {}), every, layer.get(system, {})): values = merge(values, part)
+    return values
+
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
     "The point `point` of `params.yaml` (of `points`, or of `offered`, which the pipeline does not run) at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key."
     params = params or load_params()
     spec, scale = _pick({'points': params['points'] | params.get('offered', {})}, 'points', point), scale or params['scale']
-    layers = [params['base'], _pick(params, 'systems', spec['system']), *_scale(params, scale), _pick(params, 'ablations', spec['ablation'])]
-    values = {}
-    for layer in layers: values = merge(values, layer)
+    values = merge(params['base'], _pick(params, 'systems', spec['system']))
+    for layer in _scale(params, scale): values = _scaled(values, layer, spec['system'])
+    values = merge(values, _pick(params, 'ablations', spec['ablation']))
     values['stages'] = {k: {'name': k, **v} for k, v in values['stages'].items() if v is not None}
     cfg = _build(Config, dict(values, point=point, scale=scale, **spec), point)
     for bad, key, why in _forbid(cfg):
@@ -192,48 +229,72 @@ def resolve(point: str, scale: str | None = None, params: dict | None = None) ->
     return cfg
 
 # %% ../nbs/00_config.ipynb #2dafa4d5
-def _slot(cfg: Config, name: str):
-    "The slot `name` of `cfg`; `encode` means the encoders of the inputs in use."
-    if name == 'encode': return {i: cfg.encode[i] for i in cfg.inputs}
-    head, _, rest = name.partition('.')
-    return getattr(cfg, head)[rest] if rest else getattr(cfg, head)
-
 def digest(obj) -> str:
     "The first 12 hex digits of the SHA-256 of `obj` (dataclasses and dictionaries alike) as canonical JSON."
     text = json.dumps(obj, default=lambda o: dataclasses.asdict(o), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+def _slot(cfg: Config, name: str):
+    "The setting `name` of `cfg`, such as `tau` or `encode.pet`."
+    head, _, rest = name.partition('.')
+    return getattr(cfg, head)[rest] if rest else getattr(cfg, head)
+
+def trains(stage: Stage) -> tuple[str, ...]:
+    "The parts of the model that `stage` trains: its patterns up to the first wildcard."
+    return tuple(p.partition('*')[0].rstrip('.') for p in stage.train if not p.startswith('!'))
+
+def _meet(some, others) -> bool:
+    "Whether a part of `some` is, holds or lies in one of `others`."
+    inside = lambda a, b: a == b or a.startswith(b + '.')
+    return any(inside(a, b) or inside(b, a) for a in some for b in others)
+
+def waits(cfg: Config) -> dict[str, tuple[str, ...]]:
+    "Stage name -> the stages that it stands on, the ones that those already stand on left out."
+    direct, below = {}, {}
+    for name, stage in cfg.stages.items():
+        need = (*reads(cfg, stage).parts, *trains(stage))
+        found = [e for e in direct if _meet(trains(cfg.stages[e]), need)]
+        direct[name] = tuple(e for e in found if not any(e in below[f] for f in found))
+        below[name] = {*found, *(x for e in found for x in below[e])}
+    return direct
+
 def chain(cfg: Config) -> dict[str, str]:
     "Stage name -> key, in order of training."
-    keys, key = {}, digest([cfg.seed, cfg.data, cfg.scale])
+    keys, root, on = {}, digest([cfg.seed, cfg.data, cfg.scale]), waits(cfg)
     for name, stage in cfg.stages.items():
-        slots = sorted({s for o, w in stage.objective.items() if w for s in OBJECTIVES[o]})
-        if stage.images == 'truth': slots = [s for s in slots if s == 'lm']
-        key = digest([key, stage, {s: _slot(cfg, s) for s in slots}, cfg.lora if stage.lora else None])
-        keys[name] = key
+        settings = {s: _slot(cfg, s) for s in reads(cfg, stage).settings}
+        keys[name] = digest([root, [keys[e] for e in on[name]], stage, settings, cfg.lora if stage.lora else None])
     return keys
 
 # %% ../nbs/00_config.ipynb #de40e922
 def plan(params: dict | None = None, scale: str | None = None) -> dict[str, dict]:
-    "The training tree: node -> its point, stage, parent node (`after`), system and ablation. A node is named by the first point that needs it."
+    "The training graph: node -> its point, stage, the nodes it stands on (`after`), system, ablation and data. A node is named by the first point that needs it."
     params, nodes, seen = params or load_params(), {}, {}
     for point in params['points']:
-        cfg, after = resolve(point, scale, params), ''
-        for stage, key in chain(cfg).items():
+        cfg = resolve(point, scale, params)
+        keys, on = chain(cfg), waits(cfg)
+        for stage, key in keys.items():
             node = seen.setdefault(key, f'{point}.{stage}')
-            nodes.setdefault(node, dict(point=point, stage=stage, after=after, system=cfg.system, ablation=cfg.ablation))
-            after = node
+            nodes.setdefault(node, dict(point=point, stage=stage, after=[seen[keys[e]] for e in on[stage]], system=cfg.system, ablation=cfg.ablation, data=cfg.data.name))
     return nodes
 
 def path_to(node: str, nodes: dict[str, dict]) -> list[str]:
-    "The nodes from the root to `node`, in order."
-    return (path_to(nodes[node]['after'], nodes) if nodes[node]['after'] else []) + [node]
+    "Every node that `node` stands on, in an order in which they can be trained, and `node` itself."
+    below = [n for e in nodes[node]['after'] for n in path_to(e, nodes)]
+    return [*dict.fromkeys(below), node]
 
-def last_node(point: str, params: dict | None = None, scale: str | None = None) -> str:
-    "The node that finishes the training of `point`."
-    params = params or load_params()
-    keys = {chain(resolve(n['point'], scale, params))[n['stage']]: name for name, n in plan(params, scale).items()}
-    return keys[list(chain(resolve(point, scale, params)).values())[-1]]
+def last_nodes(point: str, params: dict | None = None, scale: str | None = None) -> list[str]:
+    "The nodes that finish the training of `point`: those that no other of its stages stands on."
+    params, nodes = params or load_params(), plan(params, scale)
+    cfg = resolve(point, scale, params)
+    names = {chain(resolve(n['point'], scale, params))[n['stage']]: name for name, n in nodes.items()}
+    under = {e for on in waits(cfg).values() for e in on}
+    return [names[key] for stage, key in chain(cfg).items() if stage not in under]
+
+def lineage(point: str, params: dict | None = None, scale: str | None = None) -> list[str]:
+    "Every node of `point`, in an order in which they can be trained."
+    params = params or load_params(); nodes = plan(params, scale)
+    return [*dict.fromkeys(n for last in last_nodes(point, params, scale) for n in path_to(last, nodes))]
 
 # %% ../nbs/00_config.ipynb #12285663
 @dataclass(frozen=True)
@@ -246,8 +307,7 @@ class Paths:
     def data(self) -> Path: return self.root/'data'
     @property
     def runs(self) -> Path: return self.root/'runs'/self.scale
-    @property
-    def prepared(self) -> Path: return self.runs/'prepared'
+    def prepared(self, data: Data) -> Path: return self.runs/'prepared'/data.name
     @property
     def tables(self) -> Path: return self.root/'tables'/self.scale
     @property

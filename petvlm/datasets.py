@@ -12,8 +12,8 @@ from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .prepare import standardise
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'VIEWS', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Regions', 'lattice_truth',
-           'Items']
+__all__ = ['LABELS', 'INDEX', 'VIEWS', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows', 'lattice_truth',
+           'truths', 'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -41,26 +41,27 @@ def visible() -> np.ndarray:
 class DatasetError(ValueError):
     "A prepared folder that is missing or incomplete, or a split that is empty."
 
-class Regions:
-    "The rows of one split of a prepared folder: memory-mapped `pet` and `ct` (D, H, W) float16, and their records."
+class Rows:
+    "The rows of one split of a prepared folder: memory-mapped arrays `(D, H, W)` by name, and their records."
     def __init__(self, folder, split: str, suv_max: float = 10.):
         self.folder, self.split, self.suv_max = Path(folder), split, suv_max
-        if not (self.folder/'regions.jsonl').exists(): raise DatasetError(f"{self.folder}: nothing prepared here; run the prepare stage first")
-        with open(self.folder/'regions.jsonl', encoding='utf-8') as f: records = [json.loads(line) for line in f]
+        if not (self.folder/'rows.jsonl').exists(): raise DatasetError(f"{self.folder}: nothing prepared here; run the prepare stage first")
+        with open(self.folder/'rows.jsonl', encoding='utf-8') as f: records = [json.loads(line) for line in f]
         self.records = [r for r in records if r['split'] == split]
         if not self.records: raise DatasetError(f"{self.folder}: split {split!r} is empty; there are {sorted({r['split'] for r in records})}")
-        self.arrays = {k: np.load(self.folder/f'{k}.npy', mmap_mode='r') for k in ('pet', 'ct')}
+        self.arrays = {p.stem: np.load(p, mmap_mode='r') for p in sorted(self.folder.glob('*.npy'))}
         with np.load(self.folder/'standard.npz') as z: self.standard = dict(z)
 
     def __len__(self) -> int: return len(self.records)
     @property
-    def shape(self) -> tuple[int, int, int]: return self.arrays['pet'].shape[1:]
+    def shape(self) -> tuple[int, int, int]: return next(iter(self.arrays.values())).shape[1:]
     def image(self, i: int, name: str) -> np.ndarray:
-        "Input `name` of row `i` as the encoders read it: deviations from the usual at that place, float32 (D, H, W)."
-        return standardise(self.arrays[name][self.records[i]['row']], name, self.standard[f"{name}.{self.records[i]['region']}"], self.suv_max)
-    def suv(self, i: int) -> np.ndarray:
-        "PET of row `i` in SUVbw, float32 (D, H, W)."
-        return self.arrays['pet'][self.records[i]['row']].astype(np.float32)*self.suv_max
+        "Input `name` of row `i` as the encoders read it, float32 (D, H, W): deviations from the usual at that place where that was measured, else as stored; 'suv' is PET in SUVbw."
+        record = self.records[i]
+        if name == 'suv': return self.arrays['pet'][record['row']].astype(np.float32)*self.suv_max
+        if name not in self.arrays: raise DatasetError(f"{self.folder}: no array {name!r}; there are {sorted(self.arrays)}")
+        stored, usual = self.arrays[name][record['row']], self.standard.get(f"{name}.{record['region']}")
+        return stored.astype(np.float32) if usual is None else standardise(stored, name, usual, self.suv_max)
     def findings(self, i: int) -> list[Finding]: return [Finding.from_dict({k: v for k, v in f.items() if k != 'voxel'}) for f in self.records[i]['findings']]
 
 # %% ../nbs/09_datasets.ipynb #682a06c7
@@ -68,17 +69,22 @@ SIZE_SCALE = 30.  # mm
 FACETS = (*dict.fromkeys(word for label in LABELS for word in label if word), *REGIONS)
 
 def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str) -> np.ndarray:
-    "`(N, len(LABELS) + 2 + len(FACETS))`: findings per token; SUVmax / `suv_max` and size / 30 mm; the findings' words, and the region's at every token."
+    "`(N, len(LABELS) + 2 + len(FACETS))`: findings per token; SUVmax / `suv_max` and size / 30 mm; the findings' words, and the region's at every token. A finding may lie in several places (its `voxel` a list of them), as in two radiographs."
     n = len(LABELS)
     out = np.zeros((int(np.prod(grid)), n + 2 + len(FACETS)), np.float32)
     out[:, n + 2 + FACETS.index(region)] = 1
     for f in findings:
-        cell = np.minimum((np.array(f['voxel']) + .5)*grid/shape, np.array(grid) - 1).astype(int)
-        token = np.ravel_multi_index(tuple(np.maximum(cell, 0)), grid)
-        out[token, label_of(f)] = 1
-        out[token, n:n + 2] = (f['suvmax'] or 0)/suv_max, (f['size_mm'] or 0)/SIZE_SCALE
-        out[token, [n + 2 + FACETS.index(word) for word in LABELS[label_of(f)] if word]] = 1
+        for place in np.atleast_2d(f['voxel']):
+            cell = np.minimum((place + .5)*grid/shape, np.array(grid) - 1).astype(int)
+            token = np.ravel_multi_index(tuple(np.maximum(cell, 0)), grid)
+            out[token, label_of(f)] = 1
+            out[token, n:n + 2] = (f['suvmax'] or 0)/suv_max, (f['size_mm'] or 0)/SIZE_SCALE
+            out[token, [n + 2 + FACETS.index(word) for word in LABELS[label_of(f)] if word]] = 1
     return out
+
+def truths(findings: list[dict], lattices, shape, suv_max: float, region: str) -> np.ndarray:
+    "`lattice_truth` on several lattices, one after the other."
+    return np.concatenate([lattice_truth(findings, grid, shape, suv_max, region) for grid in lattices])
 
 # %% ../nbs/09_datasets.ipynb #4febb420
 def _shift(x: np.ndarray, by) -> np.ndarray:
@@ -87,30 +93,31 @@ def _shift(x: np.ndarray, by) -> np.ndarray:
     return x[np.ix_(*index)]
 
 class Items(Dataset):
-    "`length` training items of `regions`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted, of 'pet', 'ct' (as encoders read them) and 'suv' (SUVbw)."
-    def __init__(self, regions: Regions, length: int, seed: int, inputs=('pet', 'ct', 'suv'), grid=(4, 4, 4), tasks=('report',), ask=None, shift: int = 1, suv_max: float = 10.):
-        self.__dict__.update(regions=regions, length=length, seed=seed, inputs=inputs, grid=grid, tasks=tasks, ask=ask, shift=shift, suv_max=suv_max)
+    "`length` training items of `rows`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted (`Rows.image`); `lattices`: those of the image tokens, `heads`: those of the tokens that heads read."
+    def __init__(self, rows: Rows, length: int, seed: int, inputs=('pet', 'ct', 'suv'), lattices=((4, 4, 4),), heads=(), tasks=('report',), ask=None, shift: int = 1):
+        self.__dict__.update(rows=rows, length=length, seed=seed, inputs=inputs, lattices=lattices, heads=heads, tasks=tasks, ask=ask, shift=shift)
 
     def __len__(self) -> int: return self.length
 
     def row(self, i: int) -> int:
         "Row of item `i`: the `i`-th of endless permutations."
-        epoch, k = divmod(i, len(self.regions))
-        return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.regions))[k])
+        epoch, k = divmod(i, len(self.rows))
+        return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.rows))[k])
 
     def __getitem__(self, i: int) -> dict:
         rng, row = np.random.default_rng([self.seed, 0, i]), self.row(i)
-        rec, by = self.regions.records[row], rng.integers(-self.shift, self.shift + 1, 3)
-        image = lambda k: self.regions.suv(row) if k == 'suv' else self.regions.image(row, k)
-        images, shape = {k: _shift(image(k), by)[None] for k in self.inputs}, self.regions.shape
+        rec, shape = self.rows.records[row], self.rows.shape
+        by = rng.integers(-self.shift, self.shift + 1, 3)*(np.array(shape) > 2)        # a pair of radiographs is no depth to shift along
+        images = {k: _shift(self.rows.image(row, k), by)[None] for k in self.inputs}
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
-        return images | {'truth': lattice_truth(moved, self.grid, shape, self.suv_max, rec['region']), 'dialogue': self.dialogue(rec, rng),
-                         'texts': {'pet': rec['parts']['PET'], 'ct': rec['parts']['CT'], 'full': rec['text']}}
+        described = lambda lattices: truths(moved, lattices, shape, self.rows.suv_max, rec['region'])
+        return images | {'truth': described(self.lattices), 'dialogue': self.dialogue(rec, rng), 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}} | (
+            {'truth_heads': described(self.heads)} if self.heads else {})
 
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:
         "Question and answer turns of one item, of a task drawn from `tasks`."
         task = self.tasks[int(rng.integers(len(self.tasks)))]
         if task == 'report': return [(self.ask(rng), rec['text'])]
-        asked = [q for q in rec['single'] if task == 'single' or q['kind'] == task]
+        asked = rec[task] if task in ('open', 'closed') else [q for q in rec['single'] if task == 'single' or q['kind'] == task]
         turns = rec['multi'] if task == 'multi' else [asked[int(rng.integers(len(asked)))]]
         return [(t['question'], t['answer']) for t in turns]

@@ -4,7 +4,8 @@
 
 # %% ../nbs/11a_dcformer.ipynb #fc6027de
 from __future__ import annotations
-from itertools import pairwise
+import math
+from itertools import pairwise, zip_longest
 import torch
 from torch import Tensor, nn
 from .stem import EncoderError, check_size
@@ -51,18 +52,23 @@ class DCFormer(nn.Module):
     """`(B, channels, D, H, W)`, scaled to [0, 1] -> `Tokens` of the last stage; `states` gives all of them.
 
     `dims`: widths of the stem and of each stage; `blocks`: blocks per stage; `kernels`: voxels along an axis, per stage; `stride`: of the stem;
+    `taps`: how many of the last stages are handed on (2: low and high); `layer_scale` starts each block's share; `position` 'learned' is not published;
     `stem_gelu`: activations in the stem, which the published encoder, as it runs, has not: its four layers there are linear but for the batch norms. Defaults: the published 'small'
     (18,244,800 parameters; 128 x 256 x 256 voxels -> 32 tokens, the stage before it 256). `EncoderError` for lists that do not fit, or a batch of another size. Source: Med3DVLM, section 3.1 and its code."""
-    def __init__(self, image_size=(128, 256, 256), channels=1, dims=SIZES['small'][0], blocks=SIZES['small'][1], kernels=(13, 11, 9, 7), stride=4, stem_gelu=False):
+    def __init__(self, image_size=(128, 256, 256), channels=1, dims=SIZES['small'][0], blocks=SIZES['small'][1], kernels=(13, 11, 9, 7), stride=4, stem_gelu=False, taps=1, layer_scale=1e-6, position='none'):
         super().__init__()
         if not len(dims) - 1 == len(blocks) == len(kernels): raise EncoderError(f"found {len(dims)} dims, {len(blocks)} blocks, {len(kernels)} kernels: expected a width for the stem and one of each for every stage")
         self.image_size, self.channels, self.dims = tuple(image_size), channels, tuple(dims)
         self.stem = nn.Sequential(*(layer for a, k, s in ((channels, 7, stride), *[(dims[0], 3, 1)]*3) for layer in (AxialConv(a, dims[0], k, s), nn.GELU() if stem_gelu else nn.Identity())))
-        self.stages = nn.ModuleList(nn.Sequential(*(ConvBlock(b, k, before=0 if i else a) for i in range(n))) for (a, b), n, k in zip(pairwise(dims), blocks, kernels))
+        self.stages = nn.ModuleList(nn.Sequential(*(ConvBlock(b, k, before=0 if i else a, scale=layer_scale) for i in range(n))) for (a, b), n, k in zip(pairwise(dims), blocks, kernels))
         halved = lambda grid, by: tuple((n - 1)//by + 1 for n in grid)
         self.grids = [halved(self.image_size, stride)]
         for _ in blocks: self.grids.append(halved(self.grids[-1], 2))
+        if not 1 <= taps <= len(blocks): raise EncoderError(f"taps is {taps}, expected 1 to {len(blocks)}: how many of the last stages are handed on")
+        if position not in ('none', 'learned'): raise EncoderError(f"position={position!r}: expected 'none' (as published) or 'learned'")
         self.grid, self.dim = self.grids[-1], self.dims[-1]
+        self.streams = tuple(zip(self.grids[-taps:], self.dims[-taps:]))                           # (lattice, width) of what is handed on, finest first
+        self.places = nn.ParameterList(nn.Parameter(.02*torch.randn(math.prod(g), c)) for g, c in self.streams if position == 'learned')
 
     def states(self, x: Tensor) -> list[Tokens]:
         "Tokens after the stem and after each stage, finest first."
@@ -72,5 +78,7 @@ class DCFormer(nn.Module):
         return [Tokens.from_lattice(v) for v in out]
 
     def forward(self, x: Tensor) -> Tokens:
-        "Tokens of the last stage."
-        return self.states(x)[-1]
+        "Tokens of the last stage; with two or more `taps`, those before it as `fine`."
+        out = None
+        for t, place in zip_longest(self.states(x)[-len(self.streams):], self.places): out = Tokens(t.x if place is None else t.x + place, t.grid, out)
+        return out

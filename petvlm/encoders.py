@@ -14,8 +14,8 @@ from .stem import ConvStem, EncoderError, PatchStem, check_size, lattice_of, pat
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['ENCODERS', 'ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention', 'OffsetBias', 'AxialTransformer', 'CTViT',
-           'SelfAttention', 'Block', 'ViT3D', 'build_encoder']
+__all__ = ['ScaleNorm', 'GEGLU', 'PositionConv', 'CosineAttention', 'OffsetBias', 'AxialTransformer', 'CTViT', 'SelfAttention',
+           'Block', 'ViT3D']
 
 # %% ../nbs/11_encoders.ipynb #9c1700f2
 class ScaleNorm(nn.Module):
@@ -204,39 +204,37 @@ class Block(nn.Module):
 class ViT3D(nn.Module):
     """M3D's ViT: `(B, channels, D, H, W)` -> `Tokens` `(B, d*h*w, dim)`, after the final LayerNorm, class token dropped.
 
-    Input scaled to [0, 1]. Defaults are the published sizes (32 x 256 x 256 voxels in patches of 4 x 16 x 16; 87.4 M parameters with the class token).
+    Input scaled to [0, 1]. Defaults are the published sizes (32 x 256 x 256 voxels in patches of 4 x 16 x 16; 87.4 M parameters with the class token). `conv_stem`: not published, as in `CTViT`.
     `EncoderError` if patches do not tile the volume, or a batch has another size. Source: Bai et al., M3D; Dosovitskiy et al., ViT."""
-    def __init__(self, image_size=(32, 256, 256), patch_size=(4, 16, 16), channels=1, dim=768, depth=12, heads=12, mlp_dim=3072, qkv_bias=False, cls_token=True):
+    def __init__(self, image_size=(32, 256, 256), patch_size=(4, 16, 16), channels=1, dim=768, depth=12, heads=12, mlp_dim=3072, qkv_bias=False, cls_token=True, conv_stem=()):
         super().__init__()
         self.image_size, self.patch_size, self.channels, self.dim = tuple(image_size), tuple(patch_size), channels, dim
         self.grid = lattice_of(self.image_size, self.patch_size)
-        self.embed = nn.Linear(channels*math.prod(patch_size), dim)
+        self.embed = ConvStem(channels, patch_size, dim, conv_stem) if conv_stem else nn.Linear(channels*math.prod(patch_size), dim)
         self.position = nn.Parameter(torch.empty(1, math.prod(self.grid), dim))
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if cls_token else None
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_dim, qkv_bias) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        for w in (self.position, self.embed.weight): nn.init.trunc_normal_(w, std=.02)
-        nn.init.zeros_(self.embed.bias)
+        nn.init.trunc_normal_(self.position, std=.02)
+        if not conv_stem: nn.init.trunc_normal_(self.embed.weight, std=.02); nn.init.zeros_(self.embed.bias)
 
 # %% ../nbs/11_encoders.ipynb #0ceb7289
 @patch
-def sequence(self: ViT3D, x: Tensor) -> Tensor:
-    "Everything the transformer gives, class token first: `(B, 1 + d*h*w, dim)` (without it `(B, d*h*w, dim)`)."
+def embedded(self: ViT3D, x: Tensor) -> Tensor:
+    "Patches with their positions, `(B, d*h*w, dim)`: what the first block reads."
     check_size(x, self.channels, self.image_size)
-    x = self.embed(patchify(x, self.patch_size, channels_last=True).flatten(1, 3)) + self.position
+    x = self.embed(x).flatten(1, 3) if isinstance(self.embed, ConvStem) else self.embed(patchify(x, self.patch_size, channels_last=True).flatten(1, 3))
+    return x + self.position
+
+@patch
+def sequence(self: ViT3D, *images: Tensor) -> Tensor:
+    "Everything the transformer gives, class token first: `(B, 1 + d*h*w, dim)` (without it `(B, d*h*w, dim)`)."
+    x = self.embedded(*images)
     if self.cls is not None: x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
     for block in self.blocks: x = block(x)
     return self.norm(x)
 
 @patch
-def forward(self: ViT3D, x: Tensor) -> Tokens:
+def forward(self: ViT3D, *images: Tensor) -> Tokens:
     "Patch tokens of a batch `(B, channels, D, H, W)`."
-    return Tokens(self.sequence(x)[:, 0 if self.cls is None else 1:], self.grid)
-
-# %% ../nbs/11_encoders.ipynb #fbac3425
-ENCODERS = {'ctvit': CTViT, 'vit3d': ViT3D}
-
-def build_encoder(kind: str, **kw) -> nn.Module:
-    "The encoder `kind` of `ENCODERS`, made with `kw`; it has the attributes `dim` and `grid`. `EncoderError` for an unknown kind."
-    if kind not in ENCODERS: raise EncoderError(f"encoder {kind!r} is unknown; known are {sorted(ENCODERS)}")
-    return ENCODERS[kind](**kw)
+    return Tokens(self.sequence(*images)[:, 0 if self.cls is None else 1:], self.grid)

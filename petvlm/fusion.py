@@ -10,7 +10,7 @@ from fastcore.basics import patch
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['POSITIONS', 'FUSIONS', 'FusionError', 'CrossAttentionFusion', 'distances', 'NoFusion', 'build_fusion']
+__all__ = ['POSITIONS', 'FusionError', 'CrossAttentionFusion', 'distances', 'NoFusion']
 
 # %% ../nbs/12_fusion.ipynb #348bbb67
 class FusionError(ValueError):
@@ -72,12 +72,5 @@ class NoFusion(nn.Module):
         super().__init__()
 
     def forward(self, *inputs: Tokens) -> Tokens:
-        if len(inputs) != 1: raise FusionError(f"no fusion, but {len(inputs)} inputs: name one input, or a fusion ({sorted(set(FUSIONS) - {'none'})})")
+        if len(inputs) != 1: raise FusionError(f"no fusion, but {len(inputs)} inputs: name one input, or a fusion that takes them all (petvlm.slots.FUSIONS)")
         return inputs[0]
-
-FUSIONS = {'none': NoFusion, 'cross_attention': CrossAttentionFusion}
-
-def build_fusion(kind: str, **kw) -> nn.Module:
-    "The fusion `kind` of `FUSIONS`, made with `kw` (`dim` and `n_tokens` always). `FusionError` for an unknown kind."
-    if kind not in FUSIONS: raise FusionError(f"fusion {kind!r} is unknown; known are {sorted(FUSIONS)}")
-    return FUSIONS[kind](**kw)

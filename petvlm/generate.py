@@ -7,43 +7,52 @@ from __future__ import annotations
 from collections.abc import Callable
 import numpy as np, torch
 from tqdm.auto import tqdm
-from .datasets import Regions
+from .datasets import Rows
 from .processor import PetVLMProcessor
 from .vlm import PetVLM
 
 # %% auto #0
-__all__ = ['ARMS', 'other_patient', 'write']
+__all__ = ['ARMS', 'GenerateError', 'other_patient', 'write']
 
 # %% ../nbs/21_generate.ipynb #800e820a
-def other_patient(regions: Regions, seed: int) -> np.ndarray:
-    "For each row, a row of the same body region of another patient: a cyclic shift of a random order, so that nobody meets himself."
-    names = np.array([r['region'] for r in regions.records])
-    out = np.empty(len(regions), int)
-    for name in np.unique(names):
-        rows = np.random.default_rng([seed, len(name)]).permutation(np.flatnonzero(names == name))
-        out[rows] = np.roll(rows, 1)
+class GenerateError(ValueError):
+    "Rows from which an arm cannot be made."
+
+def other_patient(rows: Rows, seed: int) -> np.ndarray:
+    "For each row, a row of another patient, of the same body region where there is one: patients in a random circle, each asks the one before him. Raises `GenerateError` for a single patient."
+    who, where = (np.array([r[k] for r in rows.records]) for k in ('patient', 'region'))
+    out = np.empty(len(rows), int)
+    if len(set(who)) < 2: raise GenerateError(f"one patient only ({len(rows)} rows): there is no other whose images could be shown")
+    for name in np.unique(where):
+        here = np.flatnonzero(where == name)
+        patients = list(dict.fromkeys(who[here]))
+        circle = [patients[k] for k in np.random.default_rng([seed, len(name)]).permutation(len(patients))]
+        before = dict(zip(circle, np.roll(np.array(circle, dtype=object), 1)))
+        for k, i in enumerate(here):
+            theirs = here[who[here] == before[who[i]]] if len(patients) > 1 else np.flatnonzero(who != who[i])
+            out[i] = theirs[k % len(theirs)]
     return out
 
 def _noise(x: np.ndarray, seed) -> np.ndarray: return np.random.default_rng(seed).normal(x.mean(), x.std(), x.shape).astype(np.float32)
 
 # %% ../nbs/21_generate.ipynb #8ff6e754
 ARMS: dict[str, Callable] = {
-    'real': lambda regions, other, i, name, seed: regions.image(i, name),
-    'shuffled': lambda regions, other, i, name, seed: regions.image(int(other[i]), name),
-    'ct_shuffled': lambda regions, other, i, name, seed: regions.image(int(other[i]) if name == 'ct' else i, name),
-    'noise': lambda regions, other, i, name, seed: _noise(regions.image(i, name), [seed, i])}
+    'real': lambda rows, other, i, name, seed: rows.image(i, name),
+    'shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]), name),
+    'ct_shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]) if name == 'ct' else i, name),
+    'noise': lambda rows, other, i, name, seed: rows.image(i, name) if name.startswith('mask') else _noise(rows.image(i, name), [seed, i])}
 
 # %% ../nbs/21_generate.ipynb #607e1590
 @torch.no_grad()
-def write(model: PetVLM, processor: PetVLMProcessor, regions: Regions, asked: list[tuple[int, str]], arm: str = 'real', batch: int = 64,
+def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tuple[int, str]], arm: str = 'real', batch: int = 64,
           max_new_tokens: int = 160, seed: int = 0, progress: bool = True) -> list[str]:
     "The model's answers to `asked`, pairs of (row, question), under an arm of `ARMS`."
     model.eval()
-    other, texts = other_patient(regions, seed), [''] * len(asked)
+    other, texts = other_patient(rows, seed), [''] * len(asked)
     order = sorted(range(len(asked)), key=lambda k: len(asked[k][1]))
     for start in tqdm(range(0, len(order), batch), desc=arm, unit='batch', disable=not progress):
         part = order[start:start + batch]
-        images = {n: torch.from_numpy(np.stack([ARMS[arm](regions, other, asked[k][0], n, seed) for k in part]))[:, None].to(model.device) for n in model.config.inputs}
+        images = {n: torch.from_numpy(np.stack([ARMS[arm](rows, other, asked[k][0], n, seed) for k in part]))[:, None].to(model.device) for n in model.reads}
         prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
         ids = model.generate(**prompts, images=images, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
                              pad_token_id=processor.tokenizer.pad_token_id)

@@ -4,6 +4,7 @@
 
 # %% ../nbs/13a_mixers.ipynb #4fad9983
 from __future__ import annotations
+import math
 import torch
 from torch import Tensor, nn
 from .projectors import ProjectorError
@@ -32,37 +33,47 @@ class MixerLayer(nn.Module):
 def _row(x: Tensor) -> Tokens: return Tokens(x, (1, 1, x.shape[1]))
 
 def _fits(streams, sizes) -> None:
-    "Raise `ProjectorError` unless `streams` are Tokens of `sizes` [(n, d), ...] (n None: any number)."
+    "Raise `ProjectorError` unless `streams` are two Tokens of `sizes` [(n, d), ...] (n None: any number)."
     found = [(t.x.shape[1], t.dim) for t in streams]
     if len(found) != len(sizes) or any(d != want_d or want_n not in (None, n) for (n, d), (want_n, want_d) in zip(found, sizes)):
         raise ProjectorError(f"found streams of (tokens, width) {found}, the projector is made for {list(sizes)}")
 
 class DualMixer(nn.Module):
-    """Tokens (low, high) -> Tokens `(B, low_tokens[-1] + high_tokens[-1], out_dim)`, low first.
+    """Tokens of two streams (low = `fine`, high) -> Tokens `(B, low_tokens[-1] + high_tokens[-1], out_dim)`, low first.
 
     `low`, `high`: (tokens, width) of what comes in; `low_tokens`, `high_tokens`: tokens after each layer, as many as layers. The width after layer i of k is `out_dim // 2^(k - 1 - i)`.
     Defaults: the published sizes (47,221,248 parameters). `ProjectorError` for lists that differ in length, or streams of another size. Source: Med3DVLM, section 3.3, figure 2, and its code."""
     def __init__(self, out_dim: int = 3584, low=(256, 384), high=(32, 768), low_tokens=(192, 128), high_tokens=(64, 128)):
         super().__init__()
         if len(low_tokens) != len(high_tokens): raise ProjectorError(f"low_tokens {tuple(low_tokens)} and high_tokens {tuple(high_tokens)} differ in length: each is one number per layer")
-        self.sizes, k = [tuple(low), tuple(high)], len(low_tokens)
+        self.sizes, self.counts, k = [tuple(low), tuple(high)], (low_tokens[-1], high_tokens[-1]), len(low_tokens)
         def stream(n, d, counts):
             widths = [d, *(out_dim//2**(k - 1 - i) for i in range(k))]
             return nn.Sequential(*(MixerLayer(a, c, b, e) for a, b, c, e in zip([n, *counts], counts, widths, widths[1:])))
         self.low, self.high = stream(*low, low_tokens), stream(*high, high_tokens)
 
-    def forward(self, low: Tokens, high: Tokens) -> Tokens:
-        _fits((low, high), self.sizes)
+    def out_grids(self, grids) -> tuple:
+        "The lattices that the tokens stand on afterwards: a stream that keeps its number keeps its lattice, so that it can be taught what lies where; another becomes a plain row."
+        return tuple(g if math.prod(g) == n else (1, 1, n) for g, n in zip(grids, self.counts))
+
+    def forward(self, t: Tokens) -> Tokens:
+        _fits(t.streams, self.sizes)
+        low, high = t.streams
         return _row(torch.cat([self.low(low.x), self.high(high.x)], 1))
 
 # %% ../nbs/13a_mixers.ipynb #294a1337
 class DualMLP(nn.Module):
-    "Tokens (low, high) -> Tokens `(B, n_low + n_high, out_dim)`: each stream to the common width, low first, then GELU and a linear layer for both (16,984,576 parameters as published). `ProjectorError` for streams of another width."
+    "Tokens of two streams (low = `fine`, high) -> Tokens `(B, n_low + n_high, out_dim)`: each stream to the common width, low first, then GELU and a linear layer for both (16,984,576 parameters as published). `ProjectorError` for streams of another width."
     def __init__(self, out_dim: int = 3584, low: int = 384, high: int = 768):
         super().__init__()
         self.sizes = [(None, low), (None, high)]
         self.low, self.high, self.net = nn.Linear(low, out_dim), nn.Linear(high, out_dim), nn.Sequential(nn.GELU(), nn.Linear(out_dim, out_dim))
 
-    def forward(self, low: Tokens, high: Tokens) -> Tokens:
-        _fits((low, high), self.sizes)
+    def out_grids(self, grids) -> tuple:
+        "Both lattices stay."
+        return tuple(grids)
+
+    def forward(self, t: Tokens) -> Tokens:
+        _fits(t.streams, self.sizes)
+        low, high = t.streams
         return _row(self.net(torch.cat([self.low(low.x), self.high(high.x)], 1)))

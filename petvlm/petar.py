@@ -12,7 +12,7 @@ from .stem import EncoderError, check_size, patchify
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['CT_ENCODERS', 'MaskedViT3D', 'PetarTower', 'global_and_focal']
+__all__ = ['CT_ENCODERS', 'MaskedViT3D', 'PetarTower', 'global_and_focal', 'LesionEncoder']
 
 # %% ../nbs/11b_petar.ipynb #fbc57f02
 class MaskedViT3D(ViT3D):
@@ -25,19 +25,11 @@ class MaskedViT3D(ViT3D):
         self.mask_position = nn.Parameter(nn.init.trunc_normal_(torch.empty_like(self.position), std=.02))
         for p in self.mask_embed.parameters(): nn.init.zeros_(p)
 
-    def sequence(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        "Everything the transformer gives, class token first: `(B, 1 + d*h*w, dim)` (without it `(B, d*h*w, dim)`)."
-        if mask is None: return super().sequence(x)
-        check_size(x, self.channels, self.image_size); check_size(mask, 1, self.image_size)
-        patches = lambda v: patchify(v, self.patch_size, channels_last=True).flatten(1, 3)
-        t = self.embed(patches(x)) + self.position + self.mask_embed(patches(mask)) + self.mask_position
-        if self.cls is not None: t = torch.cat([self.cls.expand(len(t), -1, -1), t], 1)
-        for block in self.blocks: t = block(t)
-        return self.norm(t)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        "Patch tokens of a batch."
-        return Tokens(self.sequence(x, mask)[:, 0 if self.cls is None else 1:], self.grid)
+    def embedded(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        "Patches of image and mask, each with positions of its own, added: `(B, d*h*w, dim)`."
+        if mask is None: return super().embedded(x)
+        check_size(mask, 1, self.image_size)
+        return super().embedded(x) + self.mask_embed(patchify(mask.to(x.dtype), self.patch_size, channels_last=True).flatten(1, 3)) + self.mask_position
 
 # %% ../nbs/11b_petar.ipynb #9b6175d8
 CT_ENCODERS = ('separate', 'shared', 'none')
@@ -65,3 +57,21 @@ def global_and_focal(tower: PetarTower, whole: tuple, focal: tuple) -> Tokens:
     "The sum of the tower's tokens of `whole` and of `focal`, each (pet, mask, ct) (PETAR, equation 3, and its code)."
     t = tower(*whole)
     return t.replace(t.x + tower(*focal).x)
+
+# %% ../nbs/11b_petar.ipynb #ed7ebc10
+class LesionEncoder(nn.Module):
+    """PET, CT and mask of a lesion, whole and close-up, `(B, 1, D, H, W)` in the order of `reads` -> `Tokens` `(B, d*h*w, dim)`.
+
+    `mask`: read the mask; `focal`: add the close-up's tokens; `ct` and the rest as `PetarTower`. `reads`: names of the images, the close-up's after the whole's."""
+    def __init__(self, ct: str = 'separate', mask: bool = True, focal: bool = True, **kw):
+        super().__init__()
+        self.tower, self.mask, self.focal = PetarTower(ct, **kw), mask, focal
+        names = ('pet', *(('mask',) if mask else ()), *(('ct',) if ct != 'none' else ()))
+        self.reads = (*names, *(f'{n}_focal' for n in names if focal))
+        self.grid, self.dim, self.image_size = self.tower.grid, self.tower.dim, self.tower.pet.image_size
+
+    def forward(self, *images: Tensor) -> Tokens:
+        if len(images) != len(self.reads): raise EncoderError(f"found {len(images)} images, expected {self.reads}")
+        named = dict(zip(self.reads, images))
+        seen = lambda end: tuple(named.get(n + end) for n in ('pet', 'mask', 'ct'))
+        return global_and_focal(self.tower, seen(''), seen('_focal')) if self.focal else self.tower(*seen(''))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, logging, os, shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'feature', 'standards', 'standardise',
-           'prepare_one', 'prepare']
+           'region_rows', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
 class PrepareError(ValueError):
@@ -50,7 +51,9 @@ def to_grid(study: Study, data: Data) -> dict[str, dict[str, Volume]]:
 
 # %% ../nbs/08_prepare.ipynb #39ef6c80
 def scaled(volumes: dict[str, Volume], data: Data) -> dict[str, np.ndarray]:
-    "PET and CT of one region as float16 in model units."
+    "PET and CT of one region as float16 in model units. Raises `PrepareError` for PET that is not in SUVbw or CT that is not in HU: a threshold in SUV would mean nothing."
+    for name, unit in (('pet', 'SUVbw'), ('ct', 'HU')):
+        if volumes[name].unit != unit: raise PrepareError(f"{name} is in {volumes[name].unit!r}, expected {unit}: convert it first (petvlm.dicom.read_series does), or give its factor where the source allows it")
     lo, hi = data.hu_window
     return {'pet': np.clip(volumes['pet'].data/data.suv_max, 0, 3).astype(np.float16),
             'ct': np.clip((volumes['ct'].data - lo)/(hi - lo), 0, 1).astype(np.float16)}
@@ -70,11 +73,11 @@ def feature(x: np.ndarray, name: str, suv_max: float) -> np.ndarray:
     x = x.astype(np.float32)
     return np.log(x*suv_max + .3) if name == 'pet' else x
 
-def standards(folder: Path, suv_max: float = 10.) -> dict[str, np.ndarray]:
-    "`{input}.{region}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder. Deviations below half their median are raised to it, so that air is not a microscope."
-    with open(folder/'regions.jsonl', encoding='utf-8') as f: rows = [(r['row'], r['region']) for r in map(json.loads, f) if r['split'] == 'train']
+def standards(folder: Path, names: Sequence[str], suv_max: float = 10.) -> dict[str, np.ndarray]:
+    "`{input}.{region}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`. Deviations below half their median are raised to it, so that air is not a microscope."
+    with open(folder/'rows.jsonl', encoding='utf-8') as f: rows = [(r['row'], r['region']) for r in map(json.loads, f) if r['split'] == 'train']
     out = {}
-    for name in ('pet', 'ct'):
+    for name in names:
         array = np.load(folder/f'{name}.npy', mmap_mode='r')
         for region in sorted({r for _, r in rows}):
             x = feature(array[[i for i, r in rows if r == region]], name, suv_max)
@@ -87,31 +90,32 @@ def standardise(x: np.ndarray, name: str, standard: np.ndarray, suv_max: float) 
     return np.clip((feature(x, name, suv_max) - standard[0])/standard[1], -4, 8)
 
 # %% ../nbs/08_prepare.ipynb #9f8d5dc9
-def prepare_one(load: Callable[[], Study], data: Data) -> list[tuple[dict, dict]]:
+def region_rows(study: Study, data: Data, split: str) -> list[tuple[dict, dict]]:
     "`(arrays, record)` of each region of one study. A region without a report is left out."
-    study = load()
     return [(scaled(v, data), record(study, name, v['ct'], data)) for name, v in to_grid(study, data).items() if name in study.reports]
 
-def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data: Data, workers: int = 2) -> Path:
-    "Prepare `(split, load)` items into `folder` with `workers` processes; the folder appears only when it is complete."
-    folder, tmp = Path(folder), Path(f'{folder}.partial')
+def _rows(load: Callable[[], Study], make: Callable, data: Data, split: str) -> list[tuple[dict, dict]]: return make(load(), data, split)
+
+def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2) -> Path:
+    """Prepare `(split, load)` items into `folder` with `workers` processes; the folder appears only when it is complete.
+
+    `make(study, data, split)` gives the rows of a study as `(arrays, record)`; `standard`: inputs that encoders read as deviations from the usual. Raises `PrepareError` when nothing is left to train on, and what `make` raises."""
+    folder, tmp, n, shapes = Path(folder), Path(f'{folder}.partial'), 0, {}
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    rows = 3*len(items)
-    store = {k: np.lib.format.open_memmap(tmp/f'{k}.all.npy', 'w+', np.float16, (rows, *data.shape)) for k in ('pet', 'ct')}
-    n = 0   # below, one BLAS thread per worker: workers whose thread pools fight for the cores are several times slower
-    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool, open(tmp/'regions.jsonl', 'w', encoding='utf-8') as f:
-        jobs = pool.map(prepare_one, [load for _, load in items], [data]*len(items), chunksize=4)
-        for (split_name, _), regions in zip(items, tqdm(jobs, total=len(items), desc='prepare', unit='study')):
-            for arrays, rec in regions:
-                for k in store: store[k][n] = arrays[k]
+    # below, one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
+    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool, open(tmp/'rows.jsonl', 'w', encoding='utf-8') as f, ExitStack() as files:
+        splits, loads = zip(*items)
+        jobs = pool.map(_rows, loads, [make]*len(items), [data]*len(items), splits, chunksize=4)
+        for split_name, rows in zip(splits, tqdm(jobs, total=len(items), desc=f'prepare {data.name}', unit='study')):
+            for arrays, rec in rows:
+                for k, x in arrays.items():
+                    if k not in shapes: shapes[k] = (x.dtype, x.shape, files.enter_context(open(tmp/f'{k}.raw', 'wb')))
+                    shapes[k][2].write(np.ascontiguousarray(x, shapes[k][0]).tobytes())
                 f.write(json.dumps({'row': n, 'split': split_name} | rec, ensure_ascii=False) + '\n'); n += 1
-    _trim(store, tmp, n)
-    np.savez(tmp/'standard.npz', **standards(tmp, data.suv_max))
+    if not n: raise PrepareError(f"{folder}: {len(items)} studies gave no row; do they have reports in {data.language!r}?")
+    for k, (dtype, shape, _) in shapes.items():
+        np.save(tmp/f'{k}.npy', np.memmap(tmp/f'{k}.raw', dtype, 'r', shape=(n, *shape)))
+        (tmp/f'{k}.raw').unlink()
+    np.savez(tmp/'standard.npz', **standards(tmp, standard, data.suv_max))
     shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
     return folder
-
-def _trim(store: dict, folder: Path, n: int) -> None:
-    "Rewrite the arrays with exactly `n` rows (regions may be missing from a torso scan)."
-    for k, array in store.items():
-        np.save(folder/f'{k}.npy', array[:n]); del array
-        (folder/f'{k}.all.npy').unlink()

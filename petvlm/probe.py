@@ -5,15 +5,16 @@
 # %% ../nbs/19_probe.ipynb #60eaa2aa
 from __future__ import annotations
 from collections.abc import Callable
+import math
 import numpy as np, torch
 from .config import Stage
-from .datasets import LABELS, VIEWS, Regions, lattice_truth
+from .datasets import LABELS, VIEWS, Rows, truths
+from .findings import Finding
 from .processor import PetVLMProcessor
-from .reports import parse
 from .vlm import PetVLM
 
 # %% auto #0
-__all__ = ['micro', 'heads', 'reports', 'probe']
+__all__ = ['micro', 'images_of', 'heads', 'similarities', 'text_of', 'reports', 'image_count', 'probe']
 
 # %% ../nbs/19_probe.ipynb #c5bb3f7c
 def micro(said: list[set], there: list[set]) -> dict[str, float]:
@@ -25,44 +26,70 @@ def micro(said: list[set], there: list[set]) -> dict[str, float]:
 # %% ../nbs/19_probe.ipynb #df59ff07
 def _batches(n: int, size: int): return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
-def _truth(model: PetVLM, regions: Regions, i: int) -> np.ndarray:
-    r = regions.records[i]
-    return lattice_truth(r['findings'], model.grid, model.config.image_size, regions.suv_max, r['region'])
+def _truth(model: PetVLM, rows: Rows, i: int, lattices) -> np.ndarray:
+    r = rows.records[i]
+    return truths(r['findings'], lattices, model.config.image_size, rows.suv_max, r['region'])
 
-def _images(model: PetVLM, regions: Regions, rows) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(np.stack([regions.image(i, k) for i in rows])[:, None]).to(model.device) for k in model.config.inputs}
+def images_of(model: PetVLM, rows: Rows, which) -> dict[str, torch.Tensor]:
+    "The images that the model reads of the rows `which`, `(B, 1, D, H, W)` each."
+    return {k: torch.from_numpy(np.stack([rows.image(i, k) for i in which])[:, None]).to(model.device) for k in model.reads}
 
 @torch.no_grad()
-def heads(model: PetVLM, regions: Regions, name: str, threshold: float = .3, batch: int = 32) -> dict[str, float]:
-    "`micro` scores of the head `name` ('pet', 'ct' or 'full'): findings with organ, side, kind and uptake, as sets per region, among those that this input can show."
-    seen, said, there = model.visible[VIEWS.index(name)].bool().cpu(), [], []
-    for rows in _batches(len(regions), batch):
-        images = _images(model, regions, rows)
-        tokens = model.fused(images) if name == 'full' else model.encode[name](images[name])
-        claims = (model.heads[name](tokens)[0].sigmoid().cpu() > threshold) & seen
-        truth = torch.from_numpy(np.stack([_truth(model, regions, i)[:, :len(LABELS)].max(0) for i in rows])).bool() & seen
+def heads(model: PetVLM, rows: Rows, view: str, threshold: float = .3, batch: int = 32) -> dict[str, float]:
+    "`micro` scores of the head of a view (an input, or 'full'): findings with organ, side, kind and uptake, as sets per row, among those that this view can show. Of two lattices the head of the finer one is asked."
+    seen, said, there = model.visible[VIEWS.index(view if view in VIEWS else 'full')].bool().cpu(), [], []
+    for which in _batches(len(rows), batch):
+        tokens = model.view(view, images_of(model, rows, which)).streams[0]
+        claims = (model.heads[view][0](tokens)[0].sigmoid().cpu() > threshold) & seen
+        truth = torch.from_numpy(np.stack([_truth(model, rows, i, [tokens.grid])[:, :len(LABELS)].max(0) for i in which])).bool() & seen
         said += [set(row.nonzero().flatten().tolist()) for row in claims]
         there += [set(row.nonzero().flatten().tolist()) for row in truth]
     return micro(said, there)
 
 # %% ../nbs/19_probe.ipynb #cfc94835
 @torch.no_grad()
-def reports(model: PetVLM, processor: PetVLMProcessor, regions: Regions, ask: Callable, language: str, images: str = 'image', most: int = 30, max_new_tokens: int = 160) -> dict[str, float]:
-    "`micro` scores by site of reports on the first `most` regions, from `images` 'image' or 'truth' (the findings, described, in place of image tokens). `ask(rng)` gives the question."
-    said, there, tok = [], [], processor.tokenizer
-    for rows in _batches(min(most, len(regions)), 32):
-        prompts = {k: v.to(model.device) for k, v in processor.prompts([ask(np.random.default_rng(i)) for i in rows]).items()}
-        seen = {'truth': torch.from_numpy(np.stack([_truth(model, regions, i) for i in rows])).to(model.device)} if images == 'truth' else {'images': _images(model, regions, rows)}
-        ids = model.generate(**prompts, **seen, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-        said += [{f.site for f in parse(text, language)} for text in processor.decode(ids)]
-        there += [{f.site for f in regions.findings(i)} for i in rows]
-    return micro(said, there)
+def similarities(model: PetVLM, processor: PetVLMProcessor, rows: Rows, view: str, batch: int = 32) -> np.ndarray:
+    "Cosine `(N, N)` of every row's image (row) with every row's text (column), by the towers of a view."
+    images, texts = [], []
+    for which in _batches(len(rows), batch):
+        images.append(model.latent[view](model.view(view, images_of(model, rows, which))))
+        ids, mask = processor.texts([text_of(rows.records[i], view) for i in which])
+        texts.append(model.text[view](ids.to(model.device), mask.to(model.device)))
+    return (torch.cat(images) @ torch.cat(texts).T).float().cpu().numpy()
+
+def text_of(record: dict, view: str) -> str:
+    "The text that belongs to a view: its part of the report, or the whole ('full')."
+    return {k.lower(): v for k, v in record.get('parts', {}).items()}.get(view, record['text'])
 
 # %% ../nbs/19_probe.ipynb #9d26d83b
-def probe(model: PetVLM, processor: PetVLMProcessor, regions: Regions, stage: Stage, ask: Callable, language: str, max_new_tokens: int = 160) -> dict[str, dict]:
+@torch.no_grad()
+def reports(model: PetVLM, processor: PetVLMProcessor, rows: Rows, ask: Callable, parse: Callable[[str], list[Finding]], stage: Stage, most: int = 30, max_new_tokens: int = 160) -> dict[str, float]:
+    "`micro` scores by site of reports on the first `most` rows, from images or from the findings, described (`stage.images`). `ask(rng)` gives the question, `parse(text)` the findings."
+    said, there, tok = [], [], processor.tokenizer
+    for which in _batches(min(most, len(rows)), 32):
+        prompts = {k: v.to(model.device) for k, v in processor.prompts([ask(np.random.default_rng(i)) for i in which]).items()}
+        shown = lambda: torch.from_numpy(np.stack([_truth(model, rows, i, stage.lattice or model.lattices) for i in which])).to(model.device)
+        seen = {'truth': shown()} if stage.images == 'truth' else {'images': images_of(model, rows, which)}
+        ids = model.generate(**prompts, **seen, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+        said += [{f.site for f in parse(text)} for text in processor.decode(ids)]
+        there += [{f.site for f in rows.findings(i)} for i in which]
+    return micro(said, there)
+
+# %% ../nbs/19_probe.ipynb #97a52583
+def _reader(processor: PetVLMProcessor, stage: Stage, model: PetVLM) -> PetVLMProcessor:
+    "The processor for what stands before the question: the image's tokens, or as many as the described findings have."
+    return PetVLMProcessor(processor.tokenizer, image_count(stage, model), processor.image_token, processor.max_length)
+
+def image_count(stage: Stage, model: PetVLM) -> int:
+    "How many image tokens a stage has."
+    return sum(map(math.prod, stage.lattice or model.lattices)) if stage.images == 'truth' else model.n_image
+
+def probe(model: PetVLM, processor: PetVLMProcessor, rows: Rows, stage: Stage, ask: Callable, parse: Callable, max_new_tokens: int = 160) -> dict[str, dict]:
     "What the losses of `stage` can be probed for: `{loss: scores}`; leaves the model in evaluation mode."
-    model.eval()
-    names = {'sites_pet': 'pet', 'sites_ct': 'ct', 'sites': 'full'}
-    out = {loss: heads(model, regions, names[loss]) for loss, w in stage.objective.items() if w and loss in names}
-    if stage.objective.get('lm'): out['lm'] = reports(model, processor, regions, ask, language, stage.images, max_new_tokens=max_new_tokens)
+    model.eval(); out = {}
+    for loss in (o for o, w in stage.objective.items() if w):
+        kind, _, view = loss.partition('_')
+        if kind == 'sites': out[loss] = heads(model, rows, view)
+        if kind in ('clip', 'siglip'): s = similarities(model, processor, rows, view); out[loss] = {'r1': round(100*float((s.argmax(0) == np.arange(len(s))).mean()), 1), 'n': len(s)}
+        if kind == 'lm': out[loss] = reports(model, _reader(processor, stage, model), rows, ask, parse, stage, max_new_tokens=max_new_tokens)
     return out

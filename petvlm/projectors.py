@@ -9,8 +9,7 @@ from torch import nn
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['POOLS', 'PROJECTORS', 'ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector', 'build_pool',
-           'build_projector']
+__all__ = ['ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector']
 
 # %% ../nbs/13_projectors.ipynb #d789d93c
 class ProjectorError(ValueError):
@@ -52,17 +51,3 @@ class MLPProjector(LinearProjector):
     def __init__(self, in_dim: int, out_dim: int, depth: int = 2):
         super().__init__(in_dim, out_dim)
         self.net = nn.Sequential(self.net, *(layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(out_dim, out_dim))))
-
-# %% ../nbs/13_projectors.ipynb #191de7b8
-POOLS = {'none': NoPool, 'spatial': SpatialPool}
-PROJECTORS = {'linear': LinearProjector, 'mlp': MLPProjector}
-
-def build_pool(kind: str, **kw) -> nn.Module:
-    "The pool `kind` of `POOLS`, made with `kw`; it has `out_grid(grid)`. `ProjectorError` for an unknown kind."
-    if kind not in POOLS: raise ProjectorError(f"pool {kind!r} is unknown; known are {sorted(POOLS)}")
-    return POOLS[kind](**kw)
-
-def build_projector(kind: str, **kw) -> nn.Module:
-    "The projector `kind` of `PROJECTORS`, made with `kw` (`in_dim`, `out_dim`, ...). `ProjectorError` for an unknown kind."
-    if kind not in PROJECTORS: raise ProjectorError(f"projector {kind!r} is unknown; known are {sorted(PROJECTORS)}")
-    return PROJECTORS[kind](**kw)

@@ -17,6 +17,7 @@ class Tokens:
     "Feature vectors `x` of shape `(B, N, C)` on the lattice `grid = (d, h, w)`, `N = d*h*w`, d-major order (d slowest, w fastest)."
     x: Tensor                     # (B, N, C)
     grid: tuple[int, int, int]    # (d, h, w)
+    fine: Tokens | None = None    # the same scan on a finer lattice, where an encoder gives both (DCFormer)
 
     def __post_init__(self):
         d, h, w = self.grid
@@ -26,8 +27,13 @@ class Tokens:
     @property
     def dim(self) -> int: return self.x.shape[-1]
 
-    def replace(self, x: Tensor) -> "Tokens":
-        "The same lattice with other features `x` (B, N, C')."
+    @property
+    def streams(self) -> tuple[Tokens, ...]:
+        "All lattices, finest first: `fine` where there is one, and these tokens."
+        return (*(self.fine.streams if self.fine else ()), Tokens(self.x, self.grid))
+
+    def replace(self, x: Tensor) -> Tokens:
+        "The same lattice with other features `x` (B, N, C'), without the finer one."
         return Tokens(x, self.grid)
 
     def lattice(self) -> Tensor:
@@ -35,6 +41,6 @@ class Tokens:
         return self.x.transpose(1, 2).unflatten(2, self.grid)
 
     @classmethod
-    def from_lattice(cls, v: Tensor) -> "Tokens":
+    def from_lattice(cls, v: Tensor) -> Tokens:
         "Tokens from a channels-first volume `(B, C, d, h, w)`."
         return cls(v.flatten(2).transpose(1, 2), tuple(v.shape[2:]))

@@ -11,26 +11,28 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from .config import Config, Paths, Stage, chain, path_to, resolve
+from .config import Config, Paths, Stage, chain, path_to, reads, resolve
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node',
-           'load_delta', 'language_config', 'pretrained', 'text_config', 'build', 'reads', 'collator', 'load_point',
-           'train_node', 'make_processor', 'curve']
+           'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
+           'head_lattices', 'collator', 'load_point', 'train_node', 'make_tokenizer', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
     "A stage that cannot start: no parameter matches, or a checkpoint is missing."
 
 def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
-    "Let exactly the parameters that match one of `patterns` (shell style) move. Returns their names. Raises `TrainError` for a pattern that matches nothing."
+    "Let exactly the parameters that match one of `patterns` (shell style) and none of those with a `!` before them move. Returns their names. Raises `TrainError` for a pattern that matches nothing."
     names = [n for n, _ in model.named_parameters()]
-    idle = [p for p in patterns if not fnmatch.filter(names, p)]
+    matched = {p: set(fnmatch.filter(names, p.lstrip('!'))) for p in patterns}
+    idle = [p for p, found in matched.items() if not found]
     if idle: raise TrainError(f"pattern {idle[0]!r} matches no parameter; the model's parts are {sorted({n.split('.')[0] for n in names})}")
-    moving = {n for p in patterns for n in fnmatch.filter(names, p)}
+    union = lambda held: set().union(*(found for p, found in matched.items() if p.startswith('!') == held))
+    moving = union(False) - union(True)
     for n, p in model.named_parameters(): p.requires_grad_(n in moving)
     return [n for n in names if n in moving]
 
@@ -72,32 +74,36 @@ def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int
     return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1),
             'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
+def _part(name: str) -> str: return '.'.join(name.split('.')[:2])
+
 def save_node(model: PetVLM, report: dict, folder: Path) -> None:
-    "Write what a stage changed (`delta.safetensors`: trainable parameters and all buffers) and its `report` into `folder`, atomically."
-    buffers = {n for n, _ in model.named_buffers()} & set(model.state_dict())
-    keep = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in buffers or n in set(report['trainable'])}
+    "Write what a stage changed (`delta.safetensors`: trainable parameters, and the buffers of the parts they belong to) and its `report` into `folder`, atomically."
+    moved, parts = set(report['trainable']), {_part(n) for n in report['trainable']}
+    buffers = {n for n, _ in model.named_buffers() if _part(n) in parts} & set(model.state_dict())
+    keep = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in buffers or n in moved}
     tmp = Path(f'{folder}.partial'); tmp.mkdir(parents=True, exist_ok=True)
     save_file(keep, tmp/'delta.safetensors')
     (tmp/'stage.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
-    tmp.replace(folder)
+    shutil.rmtree(folder, ignore_errors=True); tmp.replace(folder)
 
 def load_delta(model: PetVLM, folder: Path) -> None:
     "Apply the delta of one node. Raises `TrainError` if it is missing or holds a name that the model should have and lacks; whole parts that this point does not use are passed over."
     path = Path(folder)/'delta.safetensors'
     if not path.exists(): raise TrainError(f"{path}: no such checkpoint; train that node first")
     unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
-    parts = {'.'.join(n.split('.')[:2]) for n in model.state_dict()}
-    astray = [n for n in unknown if '.'.join(n.split('.')[:2]) in parts or n.startswith('lm.')]
+    parts = {_part(n) for n in model.state_dict()}
+    astray = [n for n in unknown if _part(n) in parts or n.startswith('lm.')]
     if astray: raise TrainError(f"{path}: holds {astray[0]}, which the model does not have")
 
 # %% ../nbs/20_train.ipynb #f8f82b0a
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from .config import Part
-from .datasets import FACETS, LABELS, Items, Regions, visible
-from .probe import probe
+from .datasets import FACETS, LABELS, Items, Rows, visible
+from .probe import image_count, probe
 from .processor import PetVLMProcessor
 from .language import add_image_token, load_causal_lm, smollm2, train_tokenizer
-from .reports import report_request
+from .rows import ask, parse
+from .slots import reads as slot_reads
 from .vlm import PetVLMConfig
 
 PRETRAINED = {'hub': lambda name: load_causal_lm(name), 'smollm2': smollm2}   # kind of a language model -> how it is had with its weights
@@ -122,76 +128,84 @@ def text_config(part: Part, tokenizer) -> dict:
     if part.kind in PRETRAINED: raise TrainError(f"text: {part.kind!r} towers with published weights are not supported yet; name a model type with its sizes, such as bert")
     return AutoConfig.for_model(part.kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **part.args).to_dict()
 
+def views(cfg: Config, *kinds: str) -> list[str]:
+    "The views that the losses of `kinds` look at in any stage of `cfg`, in the order of inputs."
+    found = {view for stage in cfg.stages.values() for kind, _, view in (o.partition('_') for o, w in stage.objective.items() if w) if kind in kinds}
+    return [v for v in (*cfg.inputs, 'full') if v in found]
+
 def build(cfg: Config, tokenizer, labels: int = len(LABELS), lm=None) -> PetVLM:
     "A freshly initialised model of the point `cfg`; `lm`: its language model, where that has weights already (`pretrained`)."
     torch.manual_seed(cfg.seed)
-    config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool),
-        project=_spec(cfg.project), lm=lm.config.to_dict() if lm else language_config(cfg.lm, tokenizer), text=text_config(cfg.text, tokenizer), n_labels=labels, n_facets=len(FACETS),
-        image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, align=vars(cfg.align))
+    contrasts, siglip = views(cfg, 'clip', 'siglip'), cfg.siglip if views(cfg, 'siglip') else None
+    text = Part(cfg.text.kind, {k: v for k, v in cfg.text.args.items() if k != 'pool'})
+    config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool), project=_spec(cfg.project),
+        lm=lm.config.to_dict() if lm else language_config(cfg.lm, tokenizer), text=text_config(text, tokenizer) if contrasts else None, text_pool=cfg.text.args.get('pool', 'mean'),
+        latent=_spec(cfg.latent), contrasts=contrasts, heads=views(cfg, 'sites'), n_labels=labels, n_facets=len(FACETS),
+        image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, siglip=siglip, align=vars(cfg.align))
     model = PetVLM(config, lm)
     if labels: model.visible.copy_(torch.from_numpy(visible()))
     return model
 
 # %% ../nbs/20_train.ipynb #2c2bf864
-def reads(stage: Stage, inputs) -> tuple[str, ...]:
-    "The images that the losses of `stage` read: one input where every loss names it ('sites_pet'), else all `inputs`; 'suv' for the alignment loss; none where findings stand for images."
-    active = [name for name, w in stage.objective.items() if w]
+def images_read(model: PetVLM, cfg: Config, stage: Stage) -> tuple[str, ...]:
+    "The images that the losses of `stage` read, by the encoders they go through; 'suv' for the alignment loss; none where findings stand for images."
     if stage.images == 'truth': return ()
-    named = {name.rpartition('_')[2] for name in active}
-    return tuple(i for i in inputs if i in named or not named <= set(inputs)) + (('suv',) if 'align' in active else ())
+    encoders = [p.partition('.')[2] for p in reads(cfg, stage).parts if p.startswith('encode.')]
+    wanted = tuple(dict.fromkeys(k for i in cfg.inputs if i in encoders for k in slot_reads(model.encode[i], i)))
+    return wanted + (('suv',) if stage.objective.get('align') else ())
 
-def collator(processor: PetVLMProcessor, stage: Stage, inputs):
+def head_lattices(model: PetVLM, stage: Stage) -> list:
+    "The lattices that the heads of `stage` read, finest first. All views of one model have the same."
+    found = [v for kind, _, v in (o.partition('_') for o, w in stage.objective.items() if w) if kind == 'sites']
+    return [g for g, _ in model.streams_of(found[0])] if found else []
+
+def collator(processor: PetVLMProcessor, stage: Stage, images: tuple[str, ...]):
     "Items -> one batch, with only what the stage's losses read."
-    clips = [o.removeprefix('clip_') for o, w in stage.objective.items() if w and o.startswith('clip_')]
+    texts = {view for kind, _, view in (o.partition('_') for o, w in stage.objective.items() if w) if kind in ('clip', 'siglip')} | ({'content', 'topic'} if stage.objective.get('contrast') else set())
     def collate(items: list[dict]) -> dict:
-        out = {'truth': torch.stack([torch.from_numpy(x['truth']) for x in items])}
+        out = {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in ('truth', 'truth_heads', *images) if k in items[0]}
         if stage.images == 'truth': out['as_image'] = 'truth'
-        out |= {k: torch.stack([torch.from_numpy(x[k]) for x in items]) for k in reads(stage, inputs)}
         if stage.objective.get('lm'): out |= processor([x['dialogue'] for x in items])
-        for name in clips: out[f'text_{name}_ids'], out[f'text_{name}_mask'] = processor.texts([x['texts'][name] for x in items])
+        for name in sorted(texts): out[f'text_{name}_ids'], out[f'text_{name}_mask'] = processor.texts([x['texts'].get(name, x['texts']['full']) for x in items])
         return out
     return collate
 
 # %% ../nbs/20_train.ipynb #ff924204
 def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -> tuple[PetVLM, PetVLMProcessor]:
-    "The model of `cfg` after a lineage of (stage, folder), root first, and its processor; adapters are added before the first stage that trains them. A pretrained language model brings its own tokenizer, others use that of `prepared`."
-    processor = PetVLMProcessor.from_pretrained(prepared/'processor')
-    lm, tokenizer = pretrained(cfg.lm) or (None, processor.tokenizer)
+    "The model of `cfg` after a lineage of (stage, folder), in order, and its processor; adapters are added before the first stage that trains them. A pretrained language model brings its own tokenizer, others use that of `prepared`."
+    lm, tokenizer = pretrained(cfg.lm) or (None, AutoTokenizer.from_pretrained(prepared/'tokenizer'))
     model = build(cfg, tokenizer, lm=lm)
     for stage, folder in lineage:
         if stage.lora: model.adapt(cfg.lora)
         load_delta(model, folder)
-    return model, PetVLMProcessor(tokenizer, processor.n_image)
+    return model, PetVLMProcessor(tokenizer, model.n_image)
 
 def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
-    "Train one node of the tree (`petvlm.config.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
+    "Train one node of the graph (`petvlm.config.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
-    stage = cfg.stages[item['stage']]
-    lineage = path_to(node, nodes)
-    model, processor = load_point(cfg, where.prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage[:-1]])
+    stage, before = cfg.stages[item['stage']], path_to(node, nodes)[:-1]
+    prepared = where.prepared(cfg.data)
+    model, processor = load_point(cfg, prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in before])
     if stage.lora: model.adapt(cfg.lora)
-    split, ask = lambda name: Regions(where.prepared, name, cfg.data.suv_max), lambda rng: report_request(rng, cfg.data.language)
-    items = Items(split('train'), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), reads(stage, cfg.inputs),
-                  model.grid, stage.tasks, ask, shift=cfg.data.shift, suv_max=cfg.data.suv_max)
+    processor.n_image = image_count(stage, model)
+    images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
+    items = Items(split(stage.split), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
+                  head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift)
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
-    report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), work, cfg.seed)
-    report |= {'node': node, 'key': key, 'after': lineage[:-1], 'held_out': probe(model, processor, split('validation'), stage, ask, cfg.data.language, cfg.evaluation.max_new_tokens)}
+    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)
+    report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
     save_node(model, report, where.node(node))
     shutil.rmtree(work, ignore_errors=True)
     return report
 
 # %% ../nbs/20_train.ipynb #400b5d86
-def make_processor(cfg: Config, folder: Path, vocab_size: int = 1024) -> PetVLMProcessor:
-    "Train the tokenizer on the training split of `folder` and save the processor beside the data. The number of image tokens follows from encoders, fusion and pool."
-    texts = [t for r in Regions(folder, 'train').records for t in (r['text'], *[x for q in r['single'] + r['multi'] for x in (q['question'], q['answer'])])]
-    tokenizer = train_tokenizer(texts, vocab_size)
-    made_here = Part('mistral', dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))   # any language model has as many image tokens
-    shape = PetVLM(PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse),
-                                pool=_spec(cfg.pool), lm=language_config(made_here, tokenizer))).out_grid
-    processor = PetVLMProcessor(tokenizer, math.prod(shape))
-    processor.save_pretrained(folder/'processor')
-    return processor
+def make_tokenizer(folder: Path, vocab_size: int = 1024):
+    "Train the tokenizer on the training texts of a prepared folder and save it there."
+    said = lambda r: (r['text'], *[x for k in ('single', 'multi', 'open', 'closed') for q in r.get(k, ()) for x in (q['question'], q['answer'])])
+    tokenizer = train_tokenizer([t for r in Rows(folder, 'train').records for t in said(r)], vocab_size)
+    tokenizer.save_pretrained(folder/'tokenizer')
+    return tokenizer
 
 # %% ../nbs/20_train.ipynb #920ebd7f
 def curve(report: dict):

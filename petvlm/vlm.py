@@ -11,96 +11,73 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_masks, supervised_queries
 from .datasets import VIEWS
-from .encoders import build_encoder
-from .fusion import build_fusion
+from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
 from .losses import clip_loss, lm_loss
-from .projectors import build_pool, build_projector
+from .siglip import siglip_loss
+from .slots import build, lattices, reads, streams
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['LOSSES', 'VLMError', 'PetVLMConfig', 'Latent', 'SiteHead', 'site_loss', 'PetVLM']
+__all__ = ['LOSSES', 'VLMError', 'PetVLMConfig', 'PetVLM']
 
 # %% ../nbs/17_vlm.ipynb #53774db4
 class VLMError(ValueError):
     "Parts that do not fit together, or a batch that does not fit the model; the message names both sizes."
 
 class PetVLMConfig(PretrainedConfig):
-    "The slots of one system. `encode`, `fuse`, `pool`, `project`: `{kind, args}`; `lm`, `text`: transformers configurations as dictionaries; `lora`: arguments of the adapters or None."
+    """The slots of one system. `encode`, `fuse`, `pool`, `project`, `latent`: `{kind, args}`; `lm`, `text`: transformers configurations as dictionaries; `lora`: arguments of the adapters or None.
+
+    `contrasts`, `heads`: views (an input, or 'full' for their fusion) that have a text tower, and a head for the phantom's truth."""
     model_type = 'petvlm'
 
-    def __init__(self, inputs=('pet',), image_size=(32, 32, 48), encode=None, fuse=None, pool=None, project=None, lm=None, text=None, lora=None,
-                 latent_dim=128, n_labels=0, n_facets=0, image_token_id=3, tau=.07, symmetric=False, align=None, **kw):
+    def __init__(self, inputs=('pet',), image_size=(32, 32, 48), encode=None, fuse=None, pool=None, project=None, lm=None, text=None, text_pool='mean', latent=None, lora=None, contrasts=(), heads=(),
+                 latent_dim=128, n_labels=0, n_facets=0, image_token_id=3, tau=.07, symmetric=False, siglip=None, align=None, **kw):
         self.inputs, self.image_size, self.encode = list(inputs), list(image_size), encode or {}
         self.fuse, self.pool, self.project = fuse or {'kind': 'none'}, pool or {'kind': 'none'}, project or {'kind': 'linear'}
-        self.lm, self.text, self.lora = lm or {}, text or {}, lora
+        self.lm, self.text, self.text_pool, self.latent, self.lora = lm or {}, text or {}, text_pool, latent or {'kind': 'mean'}, lora
+        self.contrasts, self.heads = list(contrasts), list(heads)
         self.latent_dim, self.n_labels, self.n_facets, self.image_token_id = latent_dim, n_labels, n_facets, image_token_id
-        self.tau, self.symmetric, self.align = tau, symmetric, align or {}
+        self.tau, self.symmetric, self.siglip, self.align = tau, symmetric, siglip or {}, align or {}
         super().__init__(**kw)
 
-# %% ../nbs/17_vlm.ipynb #85d66e16
-class Latent(nn.Module):
-    "Tokens `(B, N, C)` on `(d, h, w)` -> unit vectors `(B, out)`: mean over d, flatten, linear (CT-CLIP)."
-    def __init__(self, grid, dim: int, out: int):
-        super().__init__()
-        self.linear = nn.Linear(grid[1]*grid[2]*dim, out, bias=False)
-    def forward(self, t: Tokens) -> Tensor:
-        return F.normalize(self.linear(t.lattice().mean(2).flatten(1)), dim=-1)
-
-class SiteHead(nn.Module):
-    """Logits of `n` findings per region `(B, n)` and per token `(B, N, n)`, and two numbers per token (SUVmax / suv_max, size / 30 mm).
-
-    `place`: learn how usual each finding is at each token. It speeds an encoder up, but then a token need not say where it is; a language model reads tokens, not places, so the fused head goes without."""
-    def __init__(self, grid, dim: int, n: int, width: int = 16, prior: float = -4., place: bool = True):
-        super().__init__()
-        self.narrow, self.local, self.numbers = nn.Linear(dim, width), nn.Linear(dim, n), nn.Linear(dim, 2)
-        self.place = nn.Parameter(torch.zeros(math.prod(grid), n)) if place else 0.
-        self.whole = nn.Linear(math.prod(grid)*width, n)
-        nn.init.constant_(self.whole.bias, prior); nn.init.constant_(self.local.bias, 2*prior)  # findings are rare: start there
-    def forward(self, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        return self.whole(self.narrow(t.x).flatten(1)), self.local(t.x) + self.place, self.numbers(t.x)
-
-# %% ../nbs/17_vlm.ipynb #0b575d44
-def site_loss(out, truth: Tensor, visible: Tensor) -> Tensor:
-    "Loss of a `SiteHead` against `truth` (B, N, n + 2 + ...): per-token findings, SUVmax and size; what follows is not read. `visible` (n,): findings that this input can show."
-    whole, local, numbers = out
-    labels, sizes = truth[..., :len(visible)]*visible, truth[..., len(visible):len(visible) + 2]
-    there = labels.amax(-1, keepdim=True)                                                    # (B, N, 1): a finding lies here
-    bce = lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction='none')[..., visible.bool()]
-    far = ((numbers - sizes).abs()*there).sum()/there.sum().clamp(min=1)
-    return bce(whole, labels.amax(1)).sum(1).mean() + bce(local, labels).sum((1, 2)).mean() + .3*far
-
 # %% ../nbs/17_vlm.ipynb #6488aa6e
-def _trees(cfg: PetVLMConfig) -> dict[str, dict]:
-    return {i: dict(cfg.encode[i]['args'], kind=cfg.encode[i]['kind'], image_size=tuple(cfg.image_size)) for i in cfg.inputs}
-
 class PetVLM(PreTrainedModel, GenerationMixin):
-    "A vision-language model over named 3-D inputs. `forward` takes one tensor `(B, 1, D, H, W)` per input and text with image placeholders. `lm`: a language model with its weights, of the configuration `config.lm`; a fresh one by default."
+    """A vision-language model over named inputs. `forward` takes one tensor `(B, 1, D, H, W)` per image and text with image placeholders. `lm`: a language model with its weights, of the configuration `config.lm`; a fresh one by default.
+
+    `lattices`: where the image tokens lie, one (d, h, w) after the other; `n_image`: how many there are (some, such as topics, may lie nowhere)."""
     config_class = PetVLMConfig
     _supports_sdpa = True
 
     def __init__(self, config: PetVLMConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
-        c = config
-        self.encode = nn.ModuleDict({i: build_encoder(**kw) for i, kw in _trees(c).items()})
-        grid, dim = self.encode[c.inputs[0]].grid, self.encode[c.inputs[0]].dim
-        self.fuse = build_fusion(c.fuse['kind'], dim=dim, n_tokens=math.prod(grid), **c.fuse.get('args', {}))
-        self.pool = build_pool(c.pool['kind'], **c.pool.get('args', {}))
-        self.grid, self.out_grid = grid, self.pool.out_grid(grid)
+        c, args = config, lambda part: {'kind': part['kind'], **part.get('args', {})}
+        self.encode = nn.ModuleDict({i: build('encode', image_size=tuple(c.image_size), **args(c.encode[i])) for i in c.inputs})
+        first = streams(self.encode[c.inputs[0]])
+        grid, dim = first[-1]
+        self.fuse = build('fuse', dim=dim, n_tokens=math.prod(grid), **args(c.fuse))
+        self.pool = build('pool', **args(c.pool))
+        seen = lattices([g for g, _ in first], self.fuse, self.pool)
         if lm is None: lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**c.lm), attn_implementation='petvlm_mass')
         else: lm.set_attn_implementation('petvlm_mass')
         width = lm.config.hidden_size
-        self.project = build_projector(c.project['kind'], in_dim=dim, out_dim=width, **c.project.get('args', {}))
+        self.project = build('project', streams=[(g, d) for g, (_, d) in zip(seen, first)], out_dim=width, **args(c.project))
+        self.lattices = lattices(seen, self.project)
+        self.n_image = sum(map(math.prod, self.lattices)) + getattr(self.fuse, 'topics', 0)
         self.lm = lora(lm, **c.lora) if c.lora else lm
-        names = [*c.inputs, *(['full'] if len(c.inputs) > 1 else [])]
-        if c.text:
-            self.text = nn.ModuleDict({n: TextTower(AutoModel.from_config(AutoConfig.for_model(**c.text)), c.latent_dim) for n in names})
-            self.latent = nn.ModuleDict({n: Latent(grid, dim, c.latent_dim) for n in names})
+        if c.contrasts:
+            self.text = nn.ModuleDict({n: TextTower(AutoModel.from_config(AutoConfig.for_model(**c.text)), c.latent_dim, c.text_pool) for n in c.contrasts})
+            self.latent = nn.ModuleDict({n: LATENTS[c.latent['kind']](*self.streams_of(n)[-1], c.latent_dim) for n in c.contrasts})
         if c.n_labels:
-            self.heads = nn.ModuleDict({n: SiteHead(grid, dim, c.n_labels, place=n != 'full') for n in names})
+            self.heads = nn.ModuleDict({n: nn.ModuleList(SiteHead(g, d, c.n_labels, place=n != 'full') for g, d in self.streams_of(n)) for n in c.heads})
             self.truth = nn.Linear(2 + c.n_facets, width)
+        if c.siglip: self.sigmoid = nn.ModuleDict({n: nn.ParameterDict({k: torch.tensor(float(c.siglip[k])) for k in ('t_prime', 'bias')}) for n in c.contrasts})
         self.register_buffer('visible', torch.ones(len(VIEWS), c.n_labels), persistent=True)
         self.post_init()
+
+    def streams_of(self, view: str) -> tuple:
+        "Lattices and widths of the tokens of a view: of an input's encoder, or of the fusion ('full')."
+        return streams(self.encode[self.config.inputs[0] if view == 'full' else view])
 
     def _init_weights(self, module): pass  # every part initialises itself
 
@@ -134,9 +111,19 @@ def train(self: PetVLM, mode: bool = True) -> PetVLM:
 @patch
 def encoded(self: PetVLM, images: dict[str, Tensor]) -> dict[str, Tokens]:
     "Each input's tokens, equation 1: `v_PET = f(x_PET)`, `v_CT = f(x_CT)`."
-    missing = [i for i in self.config.inputs if images.get(i) is None]
-    if missing: raise VLMError(f"the model reads {self.config.inputs}, the batch lacks {missing}")
-    return {i: self.encode[i](images[i]) for i in self.config.inputs}
+    return {i: self.encode[i](*self._wanted(images, i)) for i in self.config.inputs}
+
+@patch(as_prop=True)
+def reads(self: PetVLM) -> tuple[str, ...]:
+    "The images that the model reads, each once."
+    return tuple(dict.fromkeys(k for i in self.config.inputs for k in reads(self.encode[i], i)))
+
+@patch
+def _wanted(self: PetVLM, images: dict[str, Tensor], name: str) -> list[Tensor]:
+    wanted = reads(self.encode[name], name)
+    missing = [k for k in wanted if images.get(k) is None]
+    if missing: raise VLMError(f"the encoder {name!r} reads {wanted}, the batch lacks {missing}")
+    return [images[k] for k in wanted]
 
 @patch
 def fused(self: PetVLM, images: dict[str, Tensor]) -> Tokens:
@@ -144,9 +131,14 @@ def fused(self: PetVLM, images: dict[str, Tensor]) -> Tokens:
     return self.fuse(*self.encoded(images).values())
 
 @patch
+def view(self: PetVLM, name: str, images: dict[str, Tensor]) -> Tokens:
+    "The tokens of a view: of one input's encoder, or fused ('full')."
+    return self.fused(images) if name == 'full' else self.encode[name](*self._wanted(images, name))
+
+@patch
 def image_tokens(self: PetVLM, images: dict[str, Tensor], truth: Tensor | None = None) -> Tokens:
     "What the language model sees: `(B, N, hidden)`. With `truth` (B, N, n_labels + 2 + n_facets) the phantom's findings, described, take the place of images."
-    if truth is not None: return Tokens(self.truth(truth[..., self.config.n_labels:]), self.grid)
+    if truth is not None: return Tokens(self.truth(truth[..., self.config.n_labels:]), (1, 1, truth.shape[1]))
     return self.project(self.pool(self.fused(images)))
 
 # %% ../nbs/17_vlm.ipynb #1de4a379
@@ -179,34 +171,41 @@ def generate(self: PetVLM, input_ids: Tensor, attention_mask: Tensor | None = No
     return self.lm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kw)
 
 # %% ../nbs/17_vlm.ipynb #847aebe8
-def _clip(name):
-    def loss(m: PetVLM, b: dict, state: dict) -> Tensor:
-        t = state['fused'] if name == 'full' else m.encode[name](b[name])
-        return clip_loss(m.latent[name](t), m.text[name](b[f'text_{name}_ids'], b[f'text_{name}_mask']), m.config.tau, m.config.symmetric)
+def _pair(m: PetVLM, b: dict, state: dict, view: str) -> tuple[Tensor, Tensor]:
+    "Unit vectors of images and texts of a view."
+    return m.latent[view](state['view', view]), m.text[view](b[f'text_{view}_ids'], b[f'text_{view}_mask'])
+
+def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor: return clip_loss(*_pair(m, b, state, view), m.config.tau, m.config.symmetric)
+
+def _siglip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
+    p = m.sigmoid[view]
+    return siglip_loss(*_pair(m, b, state, view), p['t_prime'], p['bias'], m.config.siglip['form'])
+
+def _sites(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
+    "Every lattice of the view against its part of the truth."
+    loss, start, seen = 0., 0, m.visible[VIEWS.index(view if view in VIEWS else 'full')]
+    for head, t in zip(m.heads[view], state['view', view].streams):
+        n = t.x.shape[1]
+        loss, start = loss + site_loss(head(t), b['truth_heads'][:, start:start + n], seen), start + n
     return loss
 
-def _match(m: PetVLM, b: dict, state: dict) -> Tensor:
-    "Squared distance of projected image tokens from the embedded description of what lies there; tokens with and without a finding weigh the same, rare as the former are."
+def _match(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
+    "Squared distance of projected image tokens from the embedded description of what lies there; tokens with and without a finding weigh the same, rare as the former are. Tokens that lie nowhere (topics) come last and are left out."
     with torch.no_grad(): described = m.truth(b['truth'][..., m.config.n_labels:])
-    far, there = F.mse_loss(state['visual'].x, described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
+    found = state['visual'].x
+    if found.shape[1] < described.shape[1]: raise VLMError(f"match: the image has {found.shape[1]} tokens, the truth describes {described.shape[1]}; the model's lattices are {m.lattices}")
+    far, there = F.mse_loss(found[:, :described.shape[1]], described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
     return sum((far*w).sum()/w.sum().clamp(min=1) for w in (there, 1 - there))
 
-def _sites(name):
-    def loss(m: PetVLM, b: dict, state: dict) -> Tensor:
-        t = state['fused'] if name == 'full' else m.encode[name](b[name])
-        return site_loss(m.heads[name](t), b['truth'], m.visible[VIEWS.index(name)])
-    return loss
-
-LOSSES = {'clip_pet': _clip('pet'), 'clip_ct': _clip('ct'), 'clip_full': _clip('full'), 'sites_pet': _sites('pet'), 'sites_ct': _sites('ct'), 'sites': _sites('full'),
-          'lm': lambda m, b, state: state['lm'], 'align': lambda m, b, state: state['align'], 'match': _match}
+LOSSES = {'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
 
 # %% ../nbs/17_vlm.ipynb #f0ea0583
 @patch
 def regions(self: PetVLM, suv: Tensor) -> Tensor:
-    "Token indicators `(B, R, N')` of the high-SUV regions S of `suv` (B, 1, D, H, W; SUVbw), on the lattice of the image tokens."
+    "Token indicators `(B, R, N')` of the high-SUV regions S of `suv` (B, 1, D, H, W; SUVbw), on the lattices of the image tokens."
     a = self.config.align
     masks = region_masks(suv, a['threshold'], mode=a['reading'], max_regions=a['max_regions'])
-    return mask_to_tokens(masks, self.out_grid)
+    return torch.cat([mask_to_tokens(masks, grid) for grid in self.lattices], -1)
 
 @patch
 def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, Tensor]:
@@ -223,9 +222,11 @@ def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, 
 def losses(self: PetVLM, b: dict, objective: dict[str, float]) -> dict[str, Tensor]:
     "The losses named in `objective` for the batch `b`, and their weighted sum `loss` (equation 12)."
     state, active = {}, {k: w for k, w in objective.items() if w}
+    views = {v for _, _, v in map(lambda k: k.partition('_'), active) if v}
     speaks, shown = {'lm', 'match'} & set(active), b.get('as_image') != 'truth'      # shown: images, not findings in their place
-    if {'sites', 'clip_full'} & set(active) or (speaks and shown): state['fused'] = self.fused(b)
-    if speaks: state['visual'] = self.project(self.pool(state['fused'])) if shown else self.image_tokens({}, b['truth'])
+    if (speaks and shown) or 'contrast' in active: views.add('full')
+    state |= {('view', v): self.view(v, b) for v in sorted(views)}
+    if speaks: state['visual'] = self.project(self.pool(state['view', 'full'])) if shown else self.image_tokens({}, b['truth'])
     if 'lm' in active: state |= self._speak(b, state['visual'], active)
-    out = {k: LOSSES[k](self, b, state) for k in active}
+    out = {k: LOSSES[k.partition('_')[0]](self, b, state, k.partition('_')[2]) for k in active}
     return out | {'loss': sum(active[k]*out[k] for k in active)}
