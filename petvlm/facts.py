@@ -4,16 +4,19 @@
 
 # %% ../nbs/31_facts.ipynb #ac384375
 from __future__ import annotations
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 import numpy as np
 from .findings import Finding
 from .metrics import METRICS, MetricError, mean_from_sums, statistics
+from .retrieval import hits
 
 # %% auto #0
 __all__ = ['KEYS', 'SEEN_ON', 'COUNTS', 'FINDING_METRICS', 'FactError', 'finding_counts', 'by_patient', 'finding_scores',
-           'bootstrap', 'paired_bootstrap', 'statistic_of', 'sums_of', 'judge']
+           'bootstrap', 'paired_bootstrap', 'statistic_of', 'sums_of', 'present', 'judge', 'judge_choices',
+           'judge_retrieval']
 
 # %% ../nbs/31_facts.ipynb #35aa6b67
 class FactError(MetricError):
@@ -111,34 +114,102 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, statistic: Callable | None = 
     return {'difference': float(f(a.sum(0)) - f(b.sum(0))), 'lo': lo, 'hi': hi, 'p': float(p)}
 
 # %% ../nbs/31_facts.ipynb #0ca69ff0
+_rates = re.compile(r'(.+\.)?accuracy|(ir|tr)\.r\d+\.n\d+')   # shares of right ones, from 0 to 1 for each sample
+
+def _percent(sums): return 100 * mean_from_sums(sums)
+
 def statistic_of(metric: str) -> Callable[[np.ndarray], np.ndarray]:
-    "From sums over patients to the metric: text metrics in percent, `finding_*` from 0 to 1 or per patient. Raises `FactError` for an unknown name."
-    if metric in METRICS: return METRICS[metric].finish
-    if metric in FINDING_METRICS: return FINDING_METRICS[metric]
-    raise FactError(f'unknown metric {metric!r}; there are {[*METRICS, *FINDING_METRICS]}')
+    "From sums over patients to the metric: text metrics, accuracy and recall at k in percent, `finding_*` from 0 to 1 or per patient; of a group where the name has one ('organ.bleu1'). Raises `FactError` for an unknown name."
+    kind = metric.rpartition('.')[2]
+    if kind in METRICS: return METRICS[kind].finish
+    if kind in FINDING_METRICS: return FINDING_METRICS[kind]
+    if _rates.fullmatch(metric): return _percent
+    raise FactError(f"unknown metric {metric!r}; there are {[*METRICS, *FINDING_METRICS, 'accuracy', 'ir.r<k>.n<size>', 'tr.r<k>.n<size>']}, with a group before a dot")
 
 def sums_of(metric: str, per_patient: dict) -> np.ndarray:
-    "The sums `(P, K)` of a metric in a `per_patient` record: all `finding_*` share one."
-    return np.asarray(per_patient['findings' if metric.startswith('finding_') else metric], float)
+    "The sums `(P, K)` of a metric in a `per_patient` record: all `finding_*` of a group share one. Raises `FactError` where the record has none."
+    group, dot, kind = metric.rpartition('.')
+    name = group + dot + ('findings' if kind.startswith('finding_') else kind)
+    if name not in per_patient: raise FactError(f'no sums of {name!r} per patient; there are {[k for k in per_patient if k != "patients"]}')
+    return np.asarray(per_patient[name], float)
 
+def present(sums: np.ndarray) -> np.ndarray:
+    "Mask `(P,)` of the patients that have a sample: the others' sums are zero throughout."
+    return np.asarray(sums).any(-1)
+
+# %% ../nbs/31_facts.ipynb #fb0e7e58
+def _masks(groups: Sequence[str] | None, n: int) -> dict[str, np.ndarray]:
+    "Prefix of a name -> its samples: '' and 'mean.' are all of them, 'organ.' those of that group."
+    if groups is None: return {'': np.ones(n, bool)}
+    if len(groups) != n: raise FactError(f'{n} samples but {len(groups)} groups: give one for each sample')
+    if wrong := [g for g in dict.fromkeys(groups) if not g or '.' in g or g == 'mean']: raise FactError(f"group {wrong[0]!r}: expected a name without a dot, and not 'mean', which is the name for all of them")
+    return {'': np.ones(n, bool)} | {f'{g}.': np.array(groups, str) == g for g in dict.fromkeys(groups)} | {'mean.': np.ones(n, bool)}
+
+def _by_patient(rows: dict[str, np.ndarray], patients: Sequence[str], masks: dict[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
+    "Names of the patients, and sums per patient of every kind of row under every prefix."
+    sums = {}
+    for prefix, mask in masks.items():
+        names, there = by_patient(mask[:, None], patients)
+        for name, r in rows.items():
+            s = by_patient(r * mask[:, None], patients)[1]
+            sums[prefix + name] = np.column_stack([s, there > 0]) if name == 'findings' else s   # findings also count patients
+    return names, sums
+
+# %% ../nbs/31_facts.ipynb #07404e57
 def _estimate(rows, statistic, n, seed):
+    rows = rows[present(rows)]
     lo, hi = bootstrap(rows, statistic, n, seed)
     return {'value': float(statistic(rows.sum(0))), 'lo': lo, 'hi': hi}
 
-# %% ../nbs/31_facts.ipynb #b5590aef
+def _verdict(samples: int, names: list[str], sums: dict, asked: Sequence[str], n: int, seed: int, **more) -> dict:
+    "The record of one arm; what is not defined is left out."
+    found = {m: _estimate(sums_of(m, sums), statistic_of(m), n, seed) for m in asked}
+    return {'n': samples, 'n_patients': len(names), **more, 'metrics': {m: e for m, e in found.items() if not np.isnan(list(e.values())).any()},
+            'per_patient': {'patients': names, **{k: v.tolist() for k, v in sums.items()}}}
+
+# %% ../nbs/31_facts.ipynb #24803043
 def judge(predictions: Sequence[str], references: Sequence[str], patients: Sequence[str],
           predicted: Sequence[Sequence[Finding]] | None = None, truth: Sequence[Sequence[Finding]] | None = None,
           metrics: Sequence[str] = ('bleu4', 'rouge1', 'rougeL', 'bertscore'), tokenizer: str = 'unicode', key: str = 'site',
-          n: int = 2000, seed: int = 0, options: dict | None = None) -> dict:
+          n: int = 2000, seed: int = 0, options: dict | None = None, groups: Sequence[str] | None = None) -> dict:
     """Scores of one arm with 95 % intervals over patients: `{'n', 'n_patients', 'tokenizer', 'metrics': {name: {'value', 'lo', 'hi'}}, 'per_patient': {...}}`, ready for JSON.
-    Findings are scored where `predicted` and `truth` are given. Metrics that are not defined (recall of nothing) are left out. Raises `MetricError`, `FactError`."""
-    rows = statistics(predictions, references, metrics, tokenizer, options)
+    Findings are scored where `predicted` and `truth` are given. With `groups`, the category of each sample, every metric also comes as `<group>.<metric>`, over the patients that have
+    such a sample, and as `mean.<metric>` over all samples. Metrics that are not defined (recall of nothing) are left out. Raises `MetricError`, `FactError`."""
+    rows, masks = statistics(predictions, references, metrics, tokenizer, options), _masks(groups, len(predictions))
     if predicted is not None: rows['findings'] = finding_counts(predicted, truth, key)
-    names, sums = [], {}
-    for name, r in rows.items(): names, sums[name] = by_patient(r, patients)
-    if 'findings' in sums: sums['findings'] = _with_patients(sums['findings'])
-    asked = [*metrics, *(FINDING_METRICS if predicted is not None else ())]
-    found = {m: _estimate(sums_of(m, sums), statistic_of(m), n, seed) for m in asked}
-    return {'n': len(predictions), 'n_patients': len(names), 'tokenizer': tokenizer,
-            'metrics': {m: e for m, e in found.items() if not np.isnan(list(e.values())).any()},
-            'per_patient': {'patients': names, **{k: v.tolist() for k, v in sums.items()}}}
+    names, sums = _by_patient(rows, patients, masks)
+    asked = [prefix + m for prefix in masks for m in (*metrics, *(FINDING_METRICS if predicted is not None else ()))]
+    return _verdict(len(predictions), names, sums, asked, n, seed, tokenizer=tokenizer)
+
+# %% ../nbs/31_facts.ipynb #1721a89d
+def judge_choices(correct: Sequence[bool], patients: Sequence[str], groups: Sequence[str], n: int = 2000, seed: int = 0) -> dict:
+    "Accuracy in percent of answers by choice, per category and over all: a record as `judge` makes it, with the metrics `<group>.accuracy` and `mean.accuracy`. Raises `FactError`."
+    right = np.asarray(correct, float)
+    if not len(right) or not np.isin(right, (0, 1)).all(): raise FactError(f'expected right (True) or wrong (False) for one answer or more, found {sorted(set(right.tolist()))}')
+    masks = {k: v for k, v in _masks(groups, len(right)).items() if k}
+    names, sums = _by_patient({'accuracy': np.column_stack([right, np.ones(len(right))])}, patients, masks)
+    return _verdict(len(right), names, sums, list(sums), n, seed)
+
+# %% ../nbs/31_facts.ipynb #76156104
+def _recalls(s: np.ndarray, size: int, ks: Sequence[int], repeats: int, seed: int) -> dict[str, np.ndarray]:
+    "Sums `(N, 2)` per direction and k: chance of a hit of each query, averaged over the draws that hold it; whether there is one."
+    rng, n = np.random.default_rng([seed, size]), len(s)
+    draws = [np.arange(n)] if size == n else [rng.choice(n, size, replace=False) for _ in range(repeats)]
+    times = np.bincount(np.concatenate(draws), minlength=n)
+    def row(m, k):
+        total = np.zeros(n)
+        for d in draws: total[d] += hits(m[np.ix_(d, d)], k)
+        return np.column_stack([total / np.maximum(times, 1), times > 0])
+    return {f'{name}.r{k}.n{size}': row(m, k) for name, m in (('ir', s.T), ('tr', s)) for k in ks}
+
+def judge_retrieval(similarity: np.ndarray, patients: Sequence[str], sizes: Sequence[int] = (100, 500, 1000, 2000), ks: Sequence[int] = (1, 5, 10),
+                    n: int = 2000, seed: int = 0, repeats: int = 10) -> dict:
+    """Recall at k in percent of `similarity` (N, N), row = image, column = text, i and i a pair of `patients[i]`: a record as `judge` makes it, metrics `ir.r<k>.n<size>` and `tr.r<k>.n<size>`.
+    Sizes above N are left out; a set smaller than N is drawn `repeats` times by `seed`. Raises `FactError` where no size is left, `MetricError` for a matrix that cannot be ranked. Source: Med3DVLM, tables 1 and 5."""
+    s = np.asarray(similarity, float)
+    if s.shape != (len(patients),) * 2: raise FactError(f'similarity {s.shape} for {len(patients)} patients: expected a row and a column for each name')
+    fitting = [size for size in dict.fromkeys(sizes) if 1 <= size <= len(s)]
+    if not fitting: raise FactError(f'{len(s)} pairs, set sizes {list(sizes)}: name at least one size from 1 to {len(s)}')
+    rows = {name: r for size in fitting for name, r in _recalls(s, size, ks, repeats, seed).items()}
+    names, sums = _by_patient(rows, patients, {'': np.ones(len(s), bool)})
+    return _verdict(len(s), names, sums, list(sums), n, seed)

@@ -4,44 +4,77 @@
 
 # %% ../nbs/32_tables.ipynb #11aa8337
 from __future__ import annotations
-import json, math
-from collections.abc import Callable, Iterable
+import json, math, re
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 import jsonschema, pandas as pd
-from .facts import paired_bootstrap, statistic_of, sums_of
+from .facts import paired_bootstrap, present, statistic_of, sums_of
 from .metrics import METRICS
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'RESULT', 'SHOWN', 'FACTS', 'LABELS', 'WRITERS', 'TableError', 'load_published', 'load_results',
-           'rows_of', 'difference', 'status', 'make_table', 'printed', 'to_latex', 'to_markdown', 'write_table']
+__all__ = ['PUBLISHED', 'TABLES', 'SCORES', 'FACTS', 'LABELS', 'SHOWN', 'RESULT', 'WIDE', 'ENDS', 'WRITERS', 'TableError',
+           'load_published', 'group_label', 'Labels', 'load_results', 'rows_of', 'difference', 'status', 'make_table',
+           'printed', 'blocks', 'to_latex', 'to_markdown', 'write_table']
 
 # %% ../nbs/32_tables.ipynb #352b018e
 class TableError(ValueError):
     "A table that cannot be made from what is there."
 
 PUBLISHED = Path(find_spec('petvlm').submodule_search_locations[0]) / 'published'
+TABLES = tuple(sorted(p.stem for p in PUBLISHED.glob('*.csv')))
 
 # %% ../nbs/32_tables.ipynb #633f6af0
 def _comments(text: str) -> dict:
-    "`# key: value` lines; notes are collected in a list."
+    "`# key: value` lines; notes are collected in a list, metrics split."
     pairs = [line[1:].strip().split(': ', 1) for line in text.splitlines() if line.startswith('#')]
-    return {k: v for k, v in pairs if k != 'note'} | {'notes': [v for k, v in pairs if k == 'note']}
+    found = {k: v for k, v in pairs if k != 'note'}
+    return found | {'metrics': found.get('metrics', '').split(', '), 'notes': [v for k, v in pairs if k == 'note']}
 
 def load_published(name: str) -> pd.DataFrame:
-    "A published table: index `row`, scores in percent (nan where the paper has none), `attrs` title, task, full, notes. Raises `TableError` for an unknown name."
+    """A published table: index `row`; `model`, scores in percent in the order of `# metrics:` (nan where the paper has none), `against`, `needs`.
+    `attrs`: title, task, full, metrics, decimals (as printed), notes. Raises `TableError` for an unknown name or columns that are not those announced."""
     path = PUBLISHED / f'{name}.csv'
-    if not path.is_file(): raise TableError(f'no published table {name!r}; there are {sorted(p.stem for p in PUBLISHED.glob("*.csv"))}')
-    table = pd.read_csv(path, comment='#', index_col='row')
-    table.attrs = _comments(path.read_text())
+    if not path.is_file(): raise TableError(f'no published table {name!r}; there are {list(TABLES)}')
+    attrs, text = _comments(path.read_text(encoding='utf-8')), pd.read_csv(path, comment='#', index_col='row', dtype=str)
+    if list(text) != (columns := ['model', *attrs['metrics'], 'against', 'needs']): raise TableError(f'{path.name} has the columns {list(text)}; its "# metrics:" line asks for {columns}')
+    printed = [v for v in text[attrs['metrics']].to_numpy().ravel() if isinstance(v, str)]
+    table = text.astype({m: float for m in attrs['metrics']})
+    table.attrs = attrs | {'decimals': max(len(v.partition('.')[2]) for v in printed)}
     return table
+
+# %% ../nbs/32_tables.ipynb #045629ae
+SCORES = {'bleu1': 'BLEU-1', 'bleu2': 'BLEU-2', 'bleu3': 'BLEU-3', 'bleu4': 'BLEU-4', 'meteor': 'METEOR', 'cider': 'CIDEr', 'ratescore': 'RaTEScore', 'green': 'GREEN'} | {m: x.label for m, x in METRICS.items()}
+FACTS = {'finding_f1': 'Finding F1', 'finding_recall_ct': 'Recall, CT only', 'finding_fp_per_patient': 'False findings per patient'}
+
+def _parts(metric: str) -> tuple[str, str]: return metric.rpartition('.')[::2]
+def _size(metric: str) -> int: return int(found[1]) if (found := re.search(r'\.n(\d+)$', metric)) else 0
+def _kind(metric: str) -> str: return 'n' if _size(metric) else _parts(metric)[1]
+
+def group_label(group: str) -> str:
+    "What a group of metrics is called: 'organ' -> 'Organ', 'ir.r1' -> 'IR R@1'; '' of one without."
+    way, dot, k = group.partition('.r')
+    return f'{way.upper()} R@{k}' if dot else group[:1].upper() + group[1:]
+
+class Labels(dict):
+    "Metric -> its name on paper; raises `TableError` for one that has none."
+    def __missing__(self, metric):
+        group, kind = _parts(metric)
+        name = f'n={_size(metric)}' if _size(metric) else 'accuracy' if kind == 'accuracy' else (SCORES | FACTS).get(kind)
+        if name is None: raise TableError(f'metric {metric!r} has no name on paper; scores are {[*SCORES, *FACTS]}, accuracy, and recall as ir.r<k>.n<size>')
+        return f'{group_label(group)} {name}'.strip()
+
+# %% ../nbs/32_tables.ipynb #4a8861c9
+LABELS = Labels(FACTS)
+SHOWN = {m: LABELS[m] for name in TABLES for m in _comments((PUBLISHED / f'{name}.csv').read_text(encoding='utf-8'))['metrics']}   # what some paper prints, in percent
+LABELS.update(SHOWN)
 
 # %% ../nbs/32_tables.ipynb #caf3483e
 _number = {'type': 'number'}
 RESULT = {
     'type': 'object', 'required': ['point', 'task', 'arm', 'n', 'n_patients', 'metrics', 'provenance'],
     'properties': {
-        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled']},
+        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa', 'retrieval', 'open_vqa', 'closed_vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled']},
         'n': {'type': 'integer', 'minimum': 1}, 'n_patients': {'type': 'integer', 'minimum': 1}, 'tokenizer': {'type': 'string'},
         'metrics': {'type': 'object', 'additionalProperties': {
             'type': 'object', 'required': ['value', 'lo', 'hi'], 'properties': {'value': _number, 'lo': _number, 'hi': _number}}},
@@ -63,20 +96,22 @@ def load_results(folder: str | Path, root: str | Path | None = None) -> list[dic
     return [r for path in sorted(folder.rglob('results.json')) for r in _read(path, Path(root or folder))]
 
 # %% ../nbs/32_tables.ipynb #e4deff88
-def rows_of(results: Iterable[dict], task: str, full: str = 'vipet') -> dict[str, dict]:
-    "Table row -> result of `task`: real arms are rows by the name of their point, other arms of the point `full` are rows by the name of the arm. Raises `TableError` for two results of one row."
-    rows = {}
+def rows_of(results: Iterable[dict], task: str, full: str = 'vipet', rows: Sequence[str] | None = None) -> dict[str, dict]:
+    """Table row -> result of `task`: real arms are rows by the name of their point, other arms of the point `full` are rows by the name of the arm. With `rows`, others are left out: the runs hold
+    every system, a table some. Raises `TableError` for two results of one row."""
+    found = {}
     for r in results:
-        if r['task'] != task or (r['arm'] != 'real' and r['point'] != full): continue
         row = r['point'] if r['arm'] == 'real' else r['arm']
-        if row in rows: raise TableError(f"two results for row {row!r}: {rows[row].get('file')} and {r.get('file')}; keep one")
-        rows[row] = r
-    return rows
+        if r['task'] != task or (r['arm'] != 'real' and r['point'] != full) or (rows is not None and row not in rows): continue
+        if row in found: raise TableError(f"two results for row {row!r}: {found[row].get('file')} and {r.get('file')}; keep one")
+        found[row] = r
+    return found
 
 # %% ../nbs/32_tables.ipynb #0756dcf1
 def _paired(a, b, metric, n, seed):
     x, y = (sums_of(metric, r['per_patient']) for r in (a, b))
-    d = paired_bootstrap(x, y, statistic_of(metric), n, seed)
+    here = present(x) | present(y)   # of a category, only the patients that were asked
+    d = paired_bootstrap(x[here], y[here], statistic_of(metric), n, seed)
     return d['difference'], d['lo'], d['hi']
 
 def _independent(a, b, metric):
@@ -98,43 +133,53 @@ def status(published: float, a: dict, b: dict, metric: str, n: int = 2000, seed:
     return 'reproduced-direction' if d * published > 0 else 'not reproduced'
 
 # %% ../nbs/32_tables.ipynb #0b061f2a
-SHOWN = {m: METRICS[m].label for m in ('bleu4', 'rouge1', 'rougeL', 'bertscore')}
-FACTS = {'finding_f1': 'Finding F1', 'finding_recall_ct': 'Recall, CT only', 'finding_fp_per_patient': 'False findings per patient'}
-LABELS = SHOWN | FACTS
+WIDE = 8   # metrics that fit beside each other on a page
 
 def _summary(by_metric: dict[str, str]) -> str:
-    "One status, or each with its metrics."
+    "One status, or each with its metrics, or with their number where they are many."
     kinds = dict.fromkeys(by_metric.values())
-    return next(iter(kinds)) if len(kinds) == 1 else '; '.join(f"{k} ({', '.join(LABELS[m] for m, s in by_metric.items() if s == k)})" for k in kinds)
+    name = lambda k: f'{sum(s == k for s in by_metric.values())} of {len(by_metric)} metrics' if len(by_metric) > WIDE else ', '.join(LABELS[m] for m, s in by_metric.items() if s == k)
+    return next(iter(kinds)) if len(kinds) == 1 else '; '.join(f'{k} ({name(k)})' for k in kinds)
 
-def _control(full: dict, row: dict, n: int, seed: int) -> str:
-    "Where a control lies: by finding F1 if there is one, else by the first metric that both have."
-    metric = next(m for m in ('finding_f1', *LABELS) if m in full['metrics'] and m in row['metrics'])
+def _control(full: dict, row: dict, metrics: Sequence[str], n: int, seed: int) -> str:
+    "Where a control lies: by finding F1 if there is one, else by the first mean over categories, else by the first metric that both have."
+    preferred = ['finding_f1', *(m for m in metrics if m.startswith('mean.')), *metrics]
+    metric = next((m for m in preferred if m in full['metrics'] and m in row['metrics']), None)
+    if metric is None: return 'control: no metric in common with the full model'
     d, lo, hi = difference(full, row, metric, n, seed)
     where = 'within noise of' if lo <= 0 <= hi else 'below' if d > 0 else 'above'
     return f'control: {where} the full model ({LABELS[metric]})'
 
 # %% ../nbs/32_tables.ipynb #20683076
 def _statuses(row: str, published: pd.DataFrame, results: dict, n: int, seed: int) -> dict[str, str]:
-    "Metric -> status of one measured row."
+    "Metric -> status of one measured row; only where the paper has a difference."
     against = published.loc[row, 'against']
-    both = [m for m in SHOWN if m in results[row]['metrics'] and m in results[against]['metrics'] and not math.isnan(published.loc[row, m])]
-    return {m: status(published.loc[against, m] - published.loc[row, m], results[against], results[row], m, n, seed) for m in both}
+    both = [m for m in published.attrs['metrics'] if m in results[row]['metrics'] and m in results[against]['metrics']]
+    gains = {m: published.loc[against, m] - published.loc[row, m] for m in both}
+    return {m: status(g, results[against], results[row], m, n, seed) for m, g in gains.items() if g and not math.isnan(g)}
 
 def _status(row: str, published: pd.DataFrame, results: dict, n: int, seed: int) -> str:
-    line = published.loc[row]
+    line, metrics = published.loc[row], published.attrs['metrics']
     if row not in results: return f'not run: needs {line.needs}'
     if line.against not in results: return f'not compared: needs {published.loc[line.against, "needs"]}'
-    if math.isnan(line[list(SHOWN)].astype(float).max()): return _control(results[line.against], results[row], n, seed)
+    if line[metrics].isna().all(): return _control(results[line.against], results[row], metrics, n, seed)
     return _summary(_statuses(row, published, results, n, seed)) or 'not compared: no metric in common'
 
 # %% ../nbs/32_tables.ipynb #8aba8b09
+def _columns(published: pd.DataFrame, results: dict) -> list[str]:
+    "The paper's metrics; beside them set sizes and categories that only the measurement has, of scores that the table holds; then the findings."
+    own, measured = published.attrs['metrics'], dict.fromkeys(m for r in results.values() for m in r['metrics'])
+    extra = [m for m in measured if '.' in m and m not in own and _kind(m) in {_kind(o) for o in own}]
+    groups = list(dict.fromkeys(_parts(m)[0] for m in (*own, *extra)))
+    place = lambda m: (_parts(m)[0] == 'mean', groups.index(_parts(m)[0]), _size(m))   # a stable sort: within a group the paper's order, or by size
+    return [*sorted([*own, *extra], key=place), *(m for m in FACTS if m in measured)]
+
 def _cells(line: pd.Series, result: dict, metrics: Iterable[str]) -> dict:
     "Published and measured of one row."
     cells = {}
     for m in metrics:
         found = result.get('metrics', {}).get(m, {})
-        if m in SHOWN: cells[f'{LABELS[m]} published'] = line[m]
+        if m in line: cells[f'{LABELS[m]} published'] = line[m]
         cells |= {f'{LABELS[m]} {name}': found.get(key) for name, key in (('measured', 'value'), ('low', 'lo'), ('high', 'hi'))}
     return cells
 
@@ -144,64 +189,98 @@ def _origin(result: dict) -> dict:
     return {k: result.get(k) for k in ('point', 'arm')} | {k: p.get(k) for k in ('run', 'data_hash', 'params_hash', 'revision')} | {'file': result.get('file')}
 
 # %% ../nbs/32_tables.ipynb #db8d41a7
-def _caption(published: pd.DataFrame, results: dict) -> str:
+def _tokenizer(metrics: Sequence[str], results: dict) -> str:
+    "How the words were counted, for a table that has text metrics."
+    if not any(_kind(m) in SCORES for m in metrics): return ''
     tokenizers = {r.get('tokenizer', 'not stated') for r in results.values()} or {'none: nothing is measured yet'}
     if len(tokenizers) > 1: raise TableError(f'rows scored with different tokenizers {sorted(tokenizers)} cannot stand in one table; evaluate them again with one')
-    return (f"{published.attrs['title']}. Published / measured here [95 % interval, bootstrap over patients]. Tokenizer of the measured BLEU and ROUGE: {tokenizers.pop()}; "
-            "BERTScore: all-MiniLM-L6-v2, 6 layers. A status compares the direction of the difference to the full model (of the full model: to the variant without both parts).")
+    return f'Tokenizer of the measured BLEU and ROUGE: {tokenizers.pop()}' + ('; BERTScore: all-MiniLM-L6-v2, 6 layers. ' if any(_kind(m) == 'bertscore' for m in metrics) else '. ')
 
-def make_table(name: str, results: dict[str, dict], n: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Published beside measured: one row per system of `petvlm/published/<name>.csv`, `results` by row (see `rows_of`).
+def _caption(published: pd.DataFrame, results: dict) -> str:
+    a = published.attrs
+    against = a.get('against') or published.loc[published.loc[a['full'], 'against'], 'model']
+    return (f"{a['title']}. Published / measured here [95 % interval, bootstrap over patients]. {_tokenizer(a['metrics'], results)}"
+            f'A status compares the direction of the difference to the full model (of the full model: to {against}).')
+
+# %% ../nbs/32_tables.ipynb #a6b58f0f
+def make_table(name: str, results: dict[str, dict] | Sequence[dict], n: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Published beside measured: one row per system of `petvlm/published/<name>.csv` (see `TABLES`). `results`: by row (see `rows_of`), or all there are (see `load_results`), of which those of the table are taken.
     Columns: model, per metric published / measured / low / high, n, patients, status, then point, arm, run, hashes, revision, file.
-    `attrs`: caption, notes. Raises `TableError` for rows that the published table does not have, or for mixed tokenizers."""
+    `attrs`: name, caption, notes, metrics, decimals. Raises `TableError` for named rows that the published table does not have, for two results of one row, or for mixed tokenizers."""
     published = load_published(name)
+    if not isinstance(results, dict): results = rows_of(results, published.attrs['task'], published.attrs['full'], published.index)
     if extra := set(results) - set(published.index): raise TableError(f'{name} has no rows {sorted(extra)}; add them to {name}.csv with what they are compared against')
-    metrics = [*SHOWN, *(m for m in FACTS if any(m in r['metrics'] for r in results.values()))]
+    metrics = _columns(published, results)
     def line(row):
         r = results.get(row, {})
         return {'row': row, 'model': published.loc[row, 'model'], **_cells(published.loc[row], r, metrics), 'n': r.get('n'), 'patients': r.get('n_patients'),
                 'status': _status(row, published, results, n, seed), **_origin(r)}
     table = pd.DataFrame([line(row) for row in published.index]).set_index('row').astype({'n': 'Int64', 'patients': 'Int64'})
-    table.attrs = {'name': name, 'caption': _caption(published, results), 'notes': published.attrs['notes'], 'metrics': metrics}
+    table.attrs = {'name': name, 'caption': _caption(published, results), 'metrics': metrics} | {k: published.attrs[k] for k in ('notes', 'decimals')}
     return table
 
 # %% ../nbs/32_tables.ipynb #bd159e41
 def _shown(x, digits) -> str: return '–' if x is None or pd.isna(x) else f'{x:.{digits}f}'
 
-def _cell(row: pd.Series, metric: str) -> str:
+def _cell(row: pd.Series, metric: str, decimals: int) -> str:
     "`published / measured [low, high]`."
-    label, digits = LABELS[metric], 1 if metric in SHOWN else 2
+    label, digits = LABELS[metric], 2 if metric in FACTS else 1
     measured, lo, hi = (_shown(row[f'{label} {k}'], digits) for k in ('measured', 'low', 'high'))
     ours = measured if measured == '–' else f'{measured} [{lo}, {hi}]'
-    return f"{_shown(row[f'{label} published'], 2)} / {ours}" if metric in SHOWN else ours
+    return f"{_shown(row[f'{label} published'], decimals)} / {ours}" if f'{label} published' in row else ours
 
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    "The table as text: model, one cell per metric, n, patients, status, run."
-    text = pd.DataFrame({'Model': table['model']} | {LABELS[m]: [_cell(r, m) for _, r in table.iterrows()] for m in table.attrs['metrics']})
-    for column in ('n', 'patients', 'status', 'run'): text[column] = [('–' if pd.isna(v) else str(v)) for v in table[column]]
+def _text(table: pd.DataFrame, columns: dict[str, str], ends: Sequence[str]) -> pd.DataFrame:
+    "Model, one cell per metric of `columns` (metric -> heading), and the columns `ends`."
+    text = pd.DataFrame({'Model': table['model']} | {head: [_cell(r, m, table.attrs['decimals']) for _, r in table.iterrows()] for m, head in columns.items()})
+    for column in ends: text[column] = [('–' if pd.isna(v) else str(v)) for v in table[column]]
     return text
 
 # %% ../nbs/32_tables.ipynb #cbd9527b
+ENDS = ('n', 'patients', 'status', 'run')
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    "The table as text, in one piece: model, one cell per metric, n, patients, status, run."
+    return _text(table, {m: LABELS[m] for m in table.attrs['metrics']}, ENDS)
+
+def blocks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "The table as text, title -> piece: one without a title up to `WIDE` metrics, else one for each group of metrics (rows that have a number there), and the statuses."
+    groups = {}
+    for m in table.attrs['metrics']: groups.setdefault('Findings' if m in FACTS else group_label(_parts(m)[0]) or 'Text', []).append(m)
+    if len(table.attrs['metrics']) <= WIDE: return {'': printed(table)}
+    held = lambda ms: table[[f'{LABELS[m]} {k}' for m in ms for k in ('published', 'measured') if f'{LABELS[m]} {k}' in table]].notna().any(axis=1)
+    block = lambda title, ms: _text(table, {m: LABELS[m].removeprefix(f'{title} ') for m in ms}, ())[held(ms)]
+    return {title: block(title, ms) for title, ms in groups.items()} | {'Status': _text(table, {}, ENDS)}
+
+# %% ../nbs/32_tables.ipynb #3a374cbf
 _latex = str.maketrans({'&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-                        '\\': r'\textbackslash{}', '<': r'\textless{}', '>': r'\textgreater{}', '–': '--', '[': '{[}', ']': '{]}'})   # a row that began with [ would be read as an argument of \\
+                        '\\': r'\textbackslash{}', '<': r'\textless{}', '>': r'\textgreater{}', '–': '--', '×': r'$\times$', '[': '{[}', ']': '{]}'})   # a row that began with [ would be read as an argument of \\
+
+def _tabular(text: pd.DataFrame, title: str) -> list[str]:
+    "Lines of one piece; a piece with a title keeps its size where it is narrower than the page."
+    escape = lambda cells: ' & '.join(str(c).translate(_latex) for c in cells)
+    rows = [line + r' \\' for line in (escape(r) for r in text.itertuples(index=False))]
+    left = 'll' if 'status' in text else ''
+    width = r'\ifdim\width>\textwidth\textwidth\else\width\fi' if title else r'\textwidth'
+    return [*([rf'\par\smallskip\textbf{{{title.translate(_latex)}}}\par'] if title else []), rf'\resizebox{{{width}}}{{!}}{{%', rf'\begin{{tabular}}{{l{"r" * (text.shape[1] - 1 - len(left))}{left}}}',
+            r'\hline', escape(text.columns) + r' \\', r'\hline', *rows, r'\hline', r'\end{tabular}}']
 
 def to_latex(table: pd.DataFrame) -> str:
     "A `table*` for LaTeX with graphicx, every text escaped."
-    text, name = printed(table), table.attrs['name']
-    escape = lambda cells: ' & '.join(str(c).translate(_latex) for c in cells)
-    lines = [escape(text.columns), r'\hline', *(escape(r) for r in text.itertuples(index=False))]
-    body = '\n'.join(line if line == r'\hline' else line + r' \\' for line in lines)
     caption = ' '.join([table.attrs['caption'], *table.attrs['notes']]).translate(_latex)
-    return '\n'.join([r'\begin{table*}', rf'\caption{{{caption}}}', rf'\label{{tab:{name}}}', r'\resizebox{\textwidth}{!}{%',
-                      rf'\begin{{tabular}}{{l{"r" * (text.shape[1] - 3)}ll}}', r'\hline', body, r'\hline', r'\end{tabular}}', r'\end{table*}', ''])
+    texts = blocks(table)
+    pieces = [line for title, text in texts.items() for line in _tabular(text, title)]
+    return '\n'.join([r'\begin{table*}', rf'\caption{{{caption}}}', rf"\label{{tab:{table.attrs['name']}}}", *([r'\scriptsize'] if len(texts) > 1 else []), *pieces, r'\end{table*}', ''])
 
-# %% ../nbs/32_tables.ipynb #3a374cbf
-def to_markdown(table: pd.DataFrame) -> str:
-    "A Markdown table with its caption above and the paper's caveats below."
-    text = printed(table)
+# %% ../nbs/32_tables.ipynb #7a0443c7
+def _pipes(text: pd.DataFrame, title: str) -> list[str]:
+    "Lines of one piece in Markdown."
     line = lambda cells: '| ' + ' | '.join(str(c).replace('\\', '\\\\').replace('|', '\\|') for c in cells) + ' |'
-    rows = [line(text.columns), line(['---'] * text.shape[1]), *(line(r) for r in text.itertuples(index=False))]
-    return '\n'.join([f"**{table.attrs['caption']}**", '', *rows, '', *(f'- {n}' for n in table.attrs['notes']), ''])
+    return [*([f'*{title}*', ''] if title else []), line(text.columns), line(['---'] * text.shape[1]), *(line(r) for r in text.itertuples(index=False)), '']
+
+def to_markdown(table: pd.DataFrame) -> str:
+    "A Markdown table, in blocks where it is wide, with its caption above and the paper's caveats below."
+    pieces = [line for title, text in blocks(table).items() for line in _pipes(text, title)]
+    return '\n'.join([f"**{table.attrs['caption']}**", '', *pieces, *(f'- {n}' for n in table.attrs['notes']), ''])
 
 # %% ../nbs/32_tables.ipynb #88cb2d8e
 # four decimals: what lies behind them changes with the order in which threads add (seen in BERTScore's eighth digit), and the same command shall give the same table
