@@ -20,10 +20,10 @@ def counts(prediction: str, reference: str, order: int = 4) -> list[float]:
     return [*s.counts, *s.totals, s.sys_len, s.ref_len]
 
 # %% ../nbs/30a_metric_bleu.ipynb #0a69e285
-ORDER = {'bleu1': 1, 'bleu4': 4, 'bleu4_nltk': 4}
+ORDER = {'bleu1': 1, 'bleu2': 2, 'bleu3': 3, 'bleu4': 4, 'bleu4_nltk': 4}
 
 class Bleu(evaluate.Metric):
-    "BLEU-1 and BLEU-4 in percent (Papineni et al. 2002), or with `each=True` the summands of every sample, `(N, 2n+2)`."
+    "BLEU-1 to BLEU-4 in percent (Papineni et al. 2002), or with `each=True` the summands of every sample, `(N, 2n+2)`."
     def _info(self):
         text = datasets.Value('string')
         return evaluate.MetricInfo(description=self.__doc__, citation='Papineni et al. 2002; sacrebleu: Post 2018', inputs_description='texts, one reference each',

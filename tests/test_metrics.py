@@ -1,12 +1,15 @@
 "Text metrics against public scores, with the network shut; finding scores and intervals against counting by hand."
-import json, socket
+import json, os, socket, zipfile
 from pathlib import Path
 import numpy as np, pytest
+from nltk.stem import PorterStemmer
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from sacrebleu.metrics import BLEU
 from petvlm.facts import COUNTS, FactError, bootstrap, by_patient, finding_counts, finding_scores, judge, paired_bootstrap, statistic_of, sums_of
 from petvlm.findings import LESIONS, ORGANS, Finding
-from petvlm.metrics import METRICS, MODULES, MetricError, TOKENIZERS, score, score_each, statistics
+from petvlm.metric_cider import ngram_counts
+from petvlm.metric_meteor import WordNet, meteor
+from petvlm.metrics import METRICS, MODULES, MetricError, TOKENIZERS, label_of, score, score_each, statistics
 
 HERE = Path(__file__).parent
 REPORTS = HERE.parent.parent / 'shared/data/reports_vi/pairs.json'
@@ -47,7 +50,7 @@ def test_sums_give_the_score_of_any_resample(pairs, seed):
     assert METRICS['bleu4'].finish(rows[drawn].sum(0)) == pytest.approx(BLEU(tokenize='none').corpus_score(said, [meant]).score, abs=1e-9)
 
 def test_no_network_is_asked(no_network, pairs):
-    got = score([p[:200] for p in pairs[0][:4]], [r[:200] for r in pairs[1][:4]], tuple(METRICS))
+    got = score([p[:200] for p in pairs[0][::9]], [r[:200] for r in pairs[1][::9]], tuple(METRICS))   # every ninth: CIDEr wants different references
     assert list(got) == list(METRICS) and got['bertscore'] > 50
 
 def test_bertscore_does_not_depend_on_what_else_is_scored():
@@ -73,6 +76,156 @@ def test_tokenizer_moves_rouge_on_real_reports():
     said, meant = [r['generated'] for r in real], [r['ground_truth'] for r in real]
     torn, whole = (score(said, meant, ('rouge1',), t)['rouge1'] for t in ('rouge_score', 'unicode'))
     assert torn > whole + 5
+
+# METEOR, CIDEr, BLEU-2, BLEU-3
+
+WORDNET = Path(os.environ.get('PETVLM_WORDNET', '/usr/share/wordnet'))   # Debian: apt-get install wordnet-base
+spaced = lambda text: ' '.join(''.join(f' {c} ' if c in '.,;:!?()' else c for c in text.lower()).split())
+GROUPS = {'all': slice(None), 'en': slice(30), 'vi': slice(30, None)}
+
+@pytest.fixture(scope='module')
+def both(): return json.loads((HERE / 'fixtures/metrics.json').read_text('utf-8'))
+
+@pytest.fixture(scope='module')
+def synonyms(): return json.loads((HERE / 'fixtures/metrics_synonyms.json').read_text('utf-8'))
+
+@pytest.fixture(scope='module')
+def thin_wordnet(synonyms, tmp_path_factory):
+    "The fixture's part of WordNet 3.0 as files: senses get the byte at which they are written."
+    folder, head = tmp_path_factory.mktemp('thin'), '  1 WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.  \n'
+    for pos in ('noun', 'verb', 'adj', 'adv'):
+        data, at = head, {}
+        for old, words in synonyms['wordnet']['data'][pos].items():
+            at[old] = f'{len(data.encode()):08d}'
+            data += f"{at[old]} 00 {pos[0]} {len(words):02x} {' '.join(f'{w} 0' for w in words)} 000 | a sense\n"
+        index = ''.join(f"{w} {pos[0]} {len(senses)} 0 {len(senses)} 0 {' '.join(at[s] for s in senses)}\n" for w, senses in synonyms['wordnet']['index'][pos].items())
+        (folder / f'data.{pos}').write_text(data); (folder / f'index.{pos}').write_text(head + index)
+        (folder / f'{pos}.exc').write_text(''.join(f"{w} {' '.join(bases)}\n" for w, bases in synonyms['wordnet']['exc'][pos].items()))
+    return folder
+
+def sides(pairs): return [list(x) for x in zip(*pairs)]
+
+@pytest.mark.parametrize('how,prepare', [('raw', str), ('tokenised', spaced)])
+@pytest.mark.parametrize('group', GROUPS)
+def test_bleu_1_to_4_of_a_corpus_are_those_of_pycocoevalcap(both, group, how, prepare):
+    "Its BLEU 'closest' differs from sacrebleu's only where an order has no match in the whole set, so one name serves both."
+    got = score(*sides([map(prepare, p) for p in both['pairs'][GROUPS[group]]]), ('bleu1', 'bleu2', 'bleu3', 'bleu4'), 'whitespace')
+    np.testing.assert_allclose(list(got.values()), 100 * np.array(both['bleu'][how][group]), atol=1e-6)
+
+@pytest.mark.parametrize('key,prepare', [('cider', str), ('cider_tokenised', spaced)])
+@pytest.mark.parametrize('group', GROUPS)
+def test_cider_is_that_of_pycocoevalcap(both, group, key, prepare):
+    got = score_each(*sides([map(prepare, p) for p in both['pairs'][GROUPS[group]]]), ('cider',), 'whitespace')['cider'] / 100
+    np.testing.assert_allclose(got, both[key][group], atol=1e-6)
+
+def test_meteor_is_that_of_hugging_face(both):
+    np.testing.assert_allclose(score_each(*sides(both['pairs']), ('meteor',), 'nltk')['meteor'] / 100, both['meteor'], atol=1e-6)
+
+def test_meteor_with_wordnet_is_that_of_nltks_reader(synonyms, thin_wordnet):
+    said, meant = sides(synonyms['pairs'])
+    options = {'meteor': {'wordnet': thin_wordnet}}
+    np.testing.assert_allclose(score_each(said, meant, ('meteor',), 'nltk', options)['meteor'] / 100, synonyms['meteor'], atol=1e-9)
+    np.testing.assert_allclose(score_each(said, meant, ('meteor',), 'nltk')['meteor'] / 100, synonyms['plain'], atol=1e-9)
+    assert max(np.array(synonyms['meteor']) - synonyms['plain']) > .1
+    assert (label_of('meteor'), label_of('meteor', options)) == ('METEOR (exact+stem)', 'METEOR (exact+stem+wordnet)')
+
+@pytest.mark.skipif(not (WORDNET / 'data.noun').is_file(), reason='no WordNet at /usr/share/wordnet nor at $PETVLM_WORDNET')
+def test_meteor_with_the_whole_wordnet(both, synonyms):
+    for pairs, wanted in ((both['pairs'], both['meteor']), (synonyms['pairs'], synonyms['meteor'])):
+        np.testing.assert_allclose(score_each(*sides(pairs), ('meteor',), 'nltk', {'meteor': {'wordnet': WORDNET}})['meteor'] / 100, wanted, atol=1e-6)
+
+def test_irregular_and_regular_forms_reach_their_senses(thin_wordnet, tmp_path):
+    read = WordNet(thin_wordnet)
+    assert 'armpit' in sum(read.synsets('axillae'), []) and 'see' in sum(read.synsets('seen'), []) and read.synsets('phổi') == []
+    with zipfile.ZipFile(tmp_path / 'wordnet.zip', 'w') as z:
+        for f in thin_wordnet.iterdir(): z.write(f, f'wordnet/{f.name}')
+    assert WordNet(tmp_path / 'wordnet.zip').synsets('axillae') == read.synsets('axillae')
+
+@pytest.mark.parametrize('spoil,words', [
+    (lambda f: (f / 'noun.exc').unlink(), 'noun.exc not there'), (lambda f: (f / 'index.noun').write_text('lung n x\n'), r'not as in wndb\(5WN\)'),
+    (lambda f: (f / 'data.noun').write_text('short'), 'where no sense begins')])
+def test_a_damaged_wordnet_is_refused(thin_wordnet, tmp_path, spoil, words):
+    for f in thin_wordnet.iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(MetricError, match=words): WordNet(tmp_path).synsets('sign')
+
+def test_a_wordnet_of_another_version_says_so(thin_wordnet, tmp_path):
+    for f in thin_wordnet.iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes().replace(b'WordNet 3.0', b'WordNet 3.1'))
+    assert label_of('meteor', {'meteor': {'wordnet': tmp_path}}) == 'METEOR (exact+stem+wordnet 3.1)'
+
+@pytest.mark.parametrize('metric', ['bleu2', 'bleu3', 'meteor', 'cider'])
+def test_empty_predictions_score_zero_and_equal_texts_best(both, metric):
+    refs = [r for _, r in both['pairs'][::10]]
+    got = score_each([''] + refs[1:], refs, (metric,))[metric]
+    n = [len(TOKENIZERS['unicode'](r)) for r in refs[1:]]
+    best = {'meteor': 100 * (1 - .5 / np.array(n, float)**3), 'cider': 1000.}.get(metric, 100.)
+    assert got[0] == 0
+    np.testing.assert_allclose(got[1:], np.broadcast_to(best, len(n)), atol=1e-9)
+    with pytest.raises(MetricError): score([], [], (metric,))
+
+@pytest.mark.parametrize('metric', ['bleu2', 'bleu3', 'meteor', 'cider'])
+def test_order_of_samples_does_not_matter(both, metric):
+    said, meant = sides(both['pairs'])
+    order = np.random.default_rng(0).permutation(len(said))
+    straight = statistics(said, meant, (metric,))[metric]
+    turned = statistics([said[i] for i in order], [meant[i] for i in order], (metric,))[metric]
+    np.testing.assert_allclose(turned, straight[order], atol=1e-9)
+
+@pytest.mark.parametrize('metric', ['bleu2', 'bleu3', 'meteor', 'cider'])
+def test_tone_marks_matter_and_their_storage_does_not(metric):
+    import unicodedata
+    meant = ['Nốt mờ ở thùy trên phổi trái.', 'Hạch trung thất kích thước 12 mm.']
+    bare = [''.join(c for c in unicodedata.normalize('NFD', t) if not unicodedata.combining(c)) for t in meant]
+    decomposed = [unicodedata.normalize('NFD', t) for t in meant]
+    perfect = score(meant, meant, (metric,))[metric]
+    assert score(bare, meant, (metric,))[metric] < .6 * perfect and score(decomposed, meant, (metric,))[metric] == pytest.approx(perfect)
+
+def test_a_side_swap_barely_moves_meteor(both):
+    "A fact about the metric, kept as a test: the wrong side costs less than five points of 100; CIDEr falls by 12 to 16 %."
+    swaps = [p for p, kind in zip(both['pairs'], both['kinds']) if kind == 'side_swap']
+    got = score_each(*sides(swaps), ('meteor', 'cider'))
+    assert len(swaps) == 6 and (got['meteor'] > 95).all() and (840 < got['cider']).all() and (got['cider'] < 880).all()
+
+def test_cider_counts_repeated_references_and_takes_weights_from_documents(both):
+    "Equal pairs are scored once, but each counts in the weights; a part scored with the whole set's weights is a part of the whole."
+    said, meant = sides(both['pairs'][::3])
+    doubled = score_each(said + said[:4], meant + meant[:4], ('cider',))['cider']
+    plain = score_each(said, meant, ('cider',))['cider']
+    by_hand = score_each(said, meant, ('cider',), options={'cider': {'documents': meant + meant[:4]}})['cider']
+    np.testing.assert_allclose(doubled[:len(said)], by_hand, atol=1e-9)
+    assert np.abs(doubled[:len(said)] - plain).max() > 1
+    np.testing.assert_allclose(score_each(said[:5], meant[:5], ('cider',), options={'cider': {'documents': meant}})['cider'], plain[:5], atol=1e-9)
+
+def test_cider_without_weights_is_refused():
+    for refs in (['gan bình thường'], ['gan bình thường', 'Gan  bình thường.']):
+        with pytest.raises(MetricError, match='has 1 different'): score(refs, refs, ('cider',))
+    with pytest.raises(MetricError, match='list of texts'): score(['a', 'b'], ['a', 'b'], ('cider',), options={'cider': {'documents': 'a b'}})
+
+def test_ngrams_are_those_counted_by_hand():
+    rng = np.random.default_rng(3)
+    texts = [[f'w{i}' for i in rng.integers(4, size=n)] for n in (0, 1, 3, 4, 9, 0, 30, 2)]
+    for n, m in enumerate(ngram_counts(texts), 1):
+        for row, t in zip(m.toarray(), texts):
+            grams = [tuple(t[i:i + n]) for i in range(len(t) - n + 1)]
+            assert sorted(row[row > 0]) == sorted(grams.count(g) for g in set(grams))
+
+def test_meteor_remembers_stems_and_stays_nltks():
+    from types import SimpleNamespace
+    from nltk.translate.meteor_score import single_meteor_score
+    rng, words = np.random.default_rng(1), 'lung lungs nodule nodules noted noting uptake liver no the of in'.split()
+    for _ in range(200):
+        a, b = ([words[i] for i in rng.integers(len(words), size=rng.integers(0, 15))] for _ in range(2))
+        assert meteor(a, b) == single_meteor_score(b, a, stemmer=PorterStemmer(), wordnet=SimpleNamespace(synsets=lambda w: ()))
+
+def test_paired_bootstrap_of_the_new_metrics(both):
+    said, meant = sides(both['pairs'])
+    patients = [f'p{i // 3:02d}' for i in range(60)]
+    metrics = ('bleu2', 'bleu3', 'meteor', 'cider')
+    whole, worse = (judge(s, meant, patients, metrics=metrics, n=200) for s in (said, [s.replace('a', 'o') for s in said]))
+    for m in metrics:
+        assert whole['metrics'][m]['lo'] < whole['metrics'][m]['value'] < whole['metrics'][m]['hi']
+        d = paired_bootstrap(*(sums_of(m, r['per_patient']) for r in (whole, worse)), statistic_of(m), n=200)
+        assert d['lo'] > 0 and d['difference'] == pytest.approx(whole['metrics'][m]['value'] - worse['metrics'][m]['value'])
 
 # findings
 
