@@ -7,46 +7,65 @@ from __future__ import annotations
 import hashlib, json, logging, platform, subprocess
 from collections import Counter
 from importlib.metadata import version
+from typing import NamedTuple
 from pathlib import Path
 import numpy as np, pandas as pd
-from .config import Config, Paths, chain, digest, last_node, path_to, plan, resolve
-from .datasets import Regions
-from .facts import judge
+from .config import Config, Paths, chain, digest, last_nodes, lineage, plan, resolve
+from .datasets import Rows
+from .facts import judge, judge_choices, judge_retrieval
 from .findings import Study
 from .generate import ARMS, write
+from .m3dvqa import is_correct
 from .prepare import scaled, standardise, to_grid
+from .probe import similarities
 from .processor import PetVLMProcessor
-from .reports import parse, report_request, write_report
-from .train import load_point
+from .reports import report_request
+from .rows import ask, kind_of, parse
+from .train import load_point, views
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PACKAGES', 'asked', 'arms', 'constant', 'answers', 'revision', 'provenance', 'trained', 'evaluate_point',
-           'summary', 'draft_report']
+__all__ = ['log', 'QUESTIONS', 'TASKS', 'PACKAGES', 'Asked', 'arms', 'constant', 'answers', 'revision', 'provenance', 'trained',
+           'evaluate_point', 'summary', 'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
-def asked(regions: Regions, cfg: Config, task: str) -> list[tuple[int, str, str]]:
-    "`(row, question, reference)` of a task, `report` or `vqa`."
-    if task == 'report': return [(i, report_request(np.random.default_rng([cfg.seed, i]), cfg.data.language), r['text']) for i, r in enumerate(regions.records)]
-    n = cfg.evaluation.vqa_per_region
-    return [(i, t['question'], t['answer']) for i, r in enumerate(regions.records) for t in r['single'][:n]]
+class Asked(NamedTuple):
+    "One question: about which row, with which reference answer, in which category."
+    row: int
+    question: str
+    answer: str
+    group: str = ''
+
+def _reports(rows: Rows, cfg: Config) -> list[Asked]:
+    request = ask(cfg.data)
+    return [Asked(i, request(np.random.default_rng([cfg.seed, i])), r['text']) for i, r in enumerate(rows.records)]
+
+def _questions(key: str):
+    return lambda rows, cfg: [Asked(i, q['question'], q['answer'], q.get('category', '')) for i, r in enumerate(rows.records) for q in r[key][:cfg.evaluation.vqa_per_region if key == 'single' else None]]
+
+QUESTIONS = {'report': _reports, 'vqa': _questions('single'), 'open_vqa': _questions('open'), 'closed_vqa': _questions('closed')}
+TASKS = (*QUESTIONS, 'retrieval')
 
 def arms(cfg: Config, task: str) -> list[str]:
-    "The arms that make sense for a point: CT is shuffled only where it is read."
-    return [a for a in ARMS if a != 'ct_shuffled' or 'ct' in cfg.inputs] + ['constant']
+    "The arms that make sense for a point: all for a system itself, its own and another patient's images for an ablation; CT alone is shuffled only where it is one of several inputs; retrieval has no answer to be judged."
+    if task == 'retrieval': return ['real']
+    if cfg.ablation != 'none': return ['real', 'shuffled']
+    return [a for a in ARMS if a != 'ct_shuffled' or ('ct' in cfg.inputs and len(cfg.inputs) > 1)] + ['constant']
 
-def constant(regions: Regions, cfg: Config, task: str, questions) -> list[str]:
-    "What is said without looking: an all-normal report of the region, or the commonest answer of the training questions."
-    if task == 'report': return [write_report((), regions.records[i]['region'], cfg.data.language, seed=0).text for i, _, _ in questions]
-    said = Counter(t['answer'] for r in Regions(regions.folder, 'train').records for t in r['single'])
-    return [said.most_common(1)[0][0]]*len(questions)
+def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list[str]:
+    "What is said without looking."
+    normal, train = kind_of(cfg.data).normal, Rows(rows.folder, 'train').records
+    if task == 'report' and normal: return [normal(rows.records[q.row]['region'], cfg.data.language) for q in questions]
+    said = {}
+    for q in QUESTIONS[task](Rows(rows.folder, 'train'), cfg): said.setdefault(q.group, Counter())[q.answer] += 1
+    return [said[q.group].most_common(1)[0][0] if q.group in said else '' for q in questions]
 
-def answers(model: PetVLM, processor: PetVLMProcessor, regions: Regions, cfg: Config, task: str, questions, arm: str) -> list[str]:
+def answers(model: PetVLM, processor: PetVLMProcessor, rows: Rows, cfg: Config, task: str, questions: list[Asked], arm: str) -> list[str]:
     "What an arm answers to `questions`."
-    if arm == 'constant': return constant(regions, cfg, task, questions)
-    return write(model, processor, regions, [(i, q) for i, q, _ in questions], arm, cfg.evaluation.batch, cfg.evaluation.max_new_tokens, cfg.seed)
+    if arm == 'constant': return constant(rows, cfg, task, questions)
+    return write(model, processor, rows, [(q.row, q.question) for q in questions], arm, cfg.evaluation.batch, cfg.evaluation.max_new_tokens, cfg.seed)
 
 # %% ../nbs/35_evaluate.ipynb #3c4a8a1f
 PACKAGES = ('torch', 'transformers', 'peft', 'sacrebleu', 'rouge-score', 'bert-score', 'numpy')
@@ -60,56 +79,63 @@ def revision(root: Path) -> str:
 
 def provenance(cfg: Config, where: Paths, node: str) -> dict:
     "What a result depends on: run, data hash, parameter hash, code revision, library versions."
-    data = hashlib.sha256((where.prepared/'regions.jsonl').read_bytes()).hexdigest()[:12]
+    data = hashlib.sha256((where.prepared(cfg.data)/'rows.jsonl').read_bytes()).hexdigest()[:12]
     return {'run': node, 'key': list(chain(cfg).values())[-1], 'data_hash': data, 'params_hash': digest(cfg), 'revision': revision(where.root),
             'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}}
 
 # %% ../nbs/35_evaluate.ipynb #1943c88e
 def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
     "The trained model of a point, its processor and the node that finished it. Raises `petvlm.train.TrainError` if it was not trained."
-    nodes, node = plan(scale=where.scale), last_node(cfg.point, scale=where.scale)
-    model, processor = load_point(cfg, where.prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in path_to(node, nodes)])
-    return model.eval(), processor, node
+    nodes = plan(scale=where.scale)
+    model, processor = load_point(cfg, where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage(cfg.point, scale=where.scale)])
+    return model.eval(), processor, '+'.join(last_nodes(cfg.point, scale=where.scale))
 
-def _arm(model, processor, regions: Regions, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
+def _arm(model, processor, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
     "The result of one arm and its predictions."
-    questions = asked(regions, cfg, task)
-    texts, references = answers(model, processor, regions, cfg, task, questions, arm), [a for _, _, a in questions]
-    patients, facts = [regions.records[i]['patient'] for i, _, _ in questions], {}
-    if task == 'report': facts = {'predicted': [parse(t, cfg.data.language) for t in texts], 'truth': [regions.findings(i) for i, _, _ in questions]}
-    result = {'point': cfg.point, 'task': task, 'arm': arm} | judge(texts, references, patients, n=cfg.evaluation.bootstrap, seed=cfg.seed, **facts)
-    rows = [dict(task=task, arm=arm, patient=p, region=regions.records[i]['region'], question=q, reference=a, prediction=t)
-            for (i, q, a), p, t in zip(questions, patients, texts)]
-    return result, rows
+    questions = QUESTIONS[task](rows, cfg)
+    texts, patients = answers(model, processor, rows, cfg, task, questions, arm), [rows.records[q.row]['patient'] for q in questions]
+    references, groups, often = [q.answer for q in questions], [q.group for q in questions], dict(n=cfg.evaluation.bootstrap, seed=cfg.seed)
+    if task == 'closed_vqa': judged = judge_choices([is_correct(t, a[0]) for t, a in zip(texts, references)], patients, groups, **often)
+    else:
+        facts = {'predicted': [parse(cfg.data)(t) for t in texts], 'truth': [rows.findings(q.row) for q in questions]} if task == 'report' else {}
+        judged = judge(texts, references, patients, metrics=cfg.evaluation.metrics, groups=groups if any(groups) else None, **often, **facts)
+    lines = [dict(task=task, arm=arm, patient=p, region=rows.records[q.row]['region'], question=q.question, reference=q.answer, prediction=t) for q, p, t in zip(questions, patients, texts)]
+    return judged, lines
+
+def _retrieval(model, processor, rows: Rows, cfg: Config) -> tuple[dict, list]:
+    view = views(cfg, 'clip', 'siglip')[-1]
+    found = similarities(model, processor, rows, view)
+    return judge_retrieval(found, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
 
 def evaluate_point(point: str, where: Paths) -> list[dict]:
     "Write `results.json` and `predictions.jsonl` of a trained point, every task and arm; returns the results."
     cfg, folder = resolve(point, where.scale), where.results(point)
     model, processor, node = trained(cfg, where)
-    regions, source = Regions(where.prepared, 'test', cfg.data.suv_max), provenance(cfg, where, node)
-    done = [_arm(model, processor, regions, cfg, task, arm) for task in ('report', 'vqa') for arm in arms(cfg, task)]
-    results = [r | {'provenance': source} for r, _ in done]
+    rows, source, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), provenance(cfg, where, node), [], []
+    for task, arm in ((t, a) for t in cfg.evaluation.tasks for a in arms(cfg, t)):
+        judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(model, processor, rows, cfg, task, arm)
+        results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'results.json').write_text(json.dumps(results, ensure_ascii=False), encoding='utf-8')
-    (folder/'predictions.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for _, rows in done for r in rows), encoding='utf-8')
+    (folder/'predictions.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in lines), encoding='utf-8')
     return results
 
 def summary(results: list[dict]) -> pd.DataFrame:
     "One row per task and arm: the scores that matter, each with its interval."
     show = lambda e: f"{e['value']:.2f} [{e['lo']:.2f}, {e['hi']:.2f}]"
-    names = ('finding_f1', 'finding_recall_ct', 'finding_recall_pet', 'finding_recall_both', 'bleu4', 'rouge1', 'rougeL', 'bertscore')
-    rows = {(r['task'], r['arm']): {n: show(r['metrics'][n]) for n in names if n in r['metrics']} for r in results}
+    matters = lambda n: n.startswith(('mean.', 'finding_f1', 'finding_recall_')) or '.r1.' in n or '.' not in n and not n.startswith('finding_')
+    rows = {(r['task'], r['arm']): {n: show(e) for n, e in r['metrics'].items() if matters(n)} for r in results}
     return pd.DataFrame(rows).T.fillna('')
 
 # %% ../nbs/35_evaluate.ipynb #929bc00b
 def draft_report(study: Study, point: str, where: Paths) -> dict[str, str]:
     "Region -> the trained model's draft report of `study` (volumes 'pet' in SUVbw and 'ct' in HU); `{}` when `point` was not trained at this scale."
-    if not where.node(last_node(point, scale=where.scale)).exists(): return {}
+    if not all(where.node(n).exists() for n in last_nodes(point, scale=where.scale)): return {}
     import torch
     cfg = resolve(point, where.scale)
     model, processor, _ = trained(cfg, where)
     names, grids = zip(*((n, scaled(v, cfg.data)) for n, v in to_grid(study, cfg.data).items()))
-    with np.load(where.prepared/'standard.npz') as z: usual = dict(z)
+    with np.load(where.prepared(cfg.data)/'standard.npz') as z: usual = dict(z)
     images = {i: torch.from_numpy(np.stack([standardise(g[i], i, usual[f'{i}.{n}'], cfg.data.suv_max) for n, g in zip(names, grids)]))[:, None] for i in cfg.inputs}
     prompts = processor.prompts([report_request(np.random.default_rng(0), cfg.data.language)]*len(names))
     ids = model.generate(**prompts, images=images, max_new_tokens=cfg.evaluation.max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)

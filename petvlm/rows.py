@@ -13,6 +13,7 @@ from .findings import Finding, Study
 from .prepare import prepare, region_rows
 from .reports import parse as parse_report
 from .reports import report_request, write_report
+from .scans import scan_rows
 
 # %% auto #0
 __all__ = ['KINDS', 'RowKind', 'RowError', 'kind_of', 'prepare_rows', 'ask', 'parse']
@@ -26,7 +27,11 @@ class RowKind(NamedTuple):
     parse: Callable[[str, str], list[Finding]]
     normal: Callable[[str, str], str] | None
 
-KINDS = {'regions': RowKind(region_rows, ('pet', 'ct'), report_request, parse_report, lambda region, language: write_report((), region, language, seed=0).text)}
+def _normal(region: str, language: str) -> str: return write_report((), region, language, seed=0).text
+
+KINDS = {
+    'regions': RowKind(region_rows, ('pet', 'ct'), report_request, parse_report, _normal),
+    'scans': RowKind(scan_rows, ('ct',), report_request, parse_report, None)}
 
 class RowError(ValueError):
     "A kind of row that there is not."
