@@ -12,6 +12,7 @@ from .dicom import DicomError, find_series, pair_pet_ct, read_series
 from .findings import LANGUAGES, REGIONS, Finding, Study
 from .phantom import draw, sample_patient
 from .reports import write_report
+from .volume import read_nifti
 
 # %% auto #0
 __all__ = ['FIRST_SEED', 'SourceError', 'dicom_study', 'phantom_study', 'drawn_study', 'phantom_items']
@@ -30,12 +31,13 @@ def dicom_study(folder, **overrides) -> Study:
 
 # %% ../nbs/07_sources.ipynb #820c4ec6
 def phantom_study(folder) -> Study:
-    "One phantom patient of `data/phantom`, read through the DICOM reader, with its truth and reports. Raises `SourceError` if `truth.json` is missing."
+    "One phantom patient of `data/phantom`, read through the DICOM reader, with its truth and reports, and its label volumes 'lesions' (label i = findings[i-1]) and 'organs' where they lie beside the series. Raises `SourceError` if `truth.json` is missing."
     path = Path(folder)/'truth.json'
     if not path.exists(): raise SourceError(f"{folder}: no truth.json beside the series; is this a patient of data/phantom? `make data` writes them")
     truth = json.loads(path.read_text(encoding='utf-8'))
-    study = dicom_study(folder)
-    return Study(Path(folder).name, study.volumes, tuple(Finding.from_dict(f) for f in truth['findings']), truth['reports'], study.provenance)
+    study, files = dicom_study(folder), {name: Path(folder)/f'{name}.nii.gz' for name in ('lesions', 'organs')}
+    labels = {name: read_nifti(file, 'label') for name, file in files.items() if file.exists()}
+    return Study(Path(folder).name, study.volumes | labels, tuple(Finding.from_dict(f) for f in truth['findings']), truth['reports'], study.provenance)
 
 def drawn_study(seed: int) -> Study:
     "A phantom patient drawn in memory, with reports in every language."
