@@ -183,7 +183,7 @@ OBJECTIVES = {
     'sites': Reads(('encode.{}',), ('encode.{}', 'heads.{}')),
     'clip': Reads(('encode.{}', 'text', 'latent', 'tau', 'symmetric'), ('encode.{}', 'text.{}', 'latent.{}')),
     'siglip': Reads(('encode.{}', 'text', 'latent', 'siglip'), ('encode.{}', 'text.{}', 'latent.{}', 'sigmoid.{}')),
-    'contrast': Reads(('encode.full', 'lm', 'tau'), ('encode.full', 'lm', 'contrast')),
+    'contrast': Reads(('encode.full', 'project', 'lm', 'tau'), ('encode.full', 'project', 'lm')),
     'lm': Reads(('encode.full', 'pool', 'project', 'lm'), ('encode.full', 'project', 'lm')),
     'align': Reads(('align',), ()), 'match': Reads(('project',), ('truth',))}
 

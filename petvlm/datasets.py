@@ -117,7 +117,7 @@ class Items(Dataset):
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:
         "Question and answer turns of one item, of a task drawn from `tasks`."
         task = self.tasks[int(rng.integers(len(self.tasks)))]
-        if task == 'report': return [(self.ask(rng), rec['text'])]
+        if task == 'report': return [(self.ask(rng, rec), rec['text'])]
         asked = rec[task] if task in ('open', 'closed') else [q for q in rec['single'] if task == 'single' or q['kind'] == task]
         turns = rec['multi'] if task == 'multi' else [asked[int(rng.integers(len(asked)))]]
         return [(t['question'], t['answer']) for t in turns]

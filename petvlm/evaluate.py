@@ -40,7 +40,7 @@ class Asked(NamedTuple):
 
 def _reports(rows: Rows, cfg: Config) -> list[Asked]:
     request = ask(cfg.data)
-    return [Asked(i, request(np.random.default_rng([cfg.seed, i])), r['text']) for i, r in enumerate(rows.records)]
+    return [Asked(i, request(np.random.default_rng([cfg.seed, i]), r), r['text']) for i, r in enumerate(rows.records)]
 
 def _questions(key: str):
     return lambda rows, cfg: [Asked(i, q['question'], q['answer'], q.get('category', '')) for i, r in enumerate(rows.records) for q in r[key][:cfg.evaluation.vqa_per_region if key == 'single' else None]]

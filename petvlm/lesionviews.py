@@ -10,7 +10,7 @@ from .config import Data, digest
 from .findings import Finding, Study
 from .focal import box_grid, extent, focal_box, focal_cube, slab
 from .lesions import longest_extent
-from .lesiontext import STRUCTURES, structure_labels, write_lesion, write_organ
+from .lesiontext import STRUCTURES, lesion_request, organ_request, structure_labels, write_lesion, write_organ
 from .prepare import PrepareError
 from .volume import Volume, resample
 
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'GLOBAL_MM', 'VARIANCE_MM', 'FOCAL_MM', 'FOCAL', 'LEAST_ML', 'ViewError', 'measure_lesion', 'global_grid',
-           'focal_grid', 'view', 'views', 'vanished', 'lesion_records', 'organ_mask', 'organ_records']
+           'focal_grid', 'view', 'views', 'vanished', 'lesion_records', 'organ_mask', 'organ_records', 'lesion_rows',
+           'ask_record']
 
 # %% ../nbs/08b_lesionviews.ipynb #fd6dfbac
 class ViewError(PrepareError): "A study that cannot give lesion items: a volume is missing, or the labels do not fit the findings."
@@ -153,3 +154,13 @@ def organ_records(study: Study, data: Data, seed: int = 0, most: int = 3, focal:
         out.append((arrays, dict(patient=study.id, region=STRUCTURES[name].region, text=write_organ(name, side, data.language, int(rng.integers(2**31))), findings=[], measured={},
                                  affine=grid.affine.round(4).tolist(), organ=name, side=side, kind='organ')))
     return out
+
+# %% ../nbs/08b_lesionviews.ipynb #b8d71608
+def lesion_rows(study: Study, data: Data, split: str = '') -> list[tuple[dict[str, np.ndarray], dict]]:
+    "`lesion_records`, and for the split 'train' `organ_records` as split 'organs'."
+    organs = organ_records(study, data) if split == 'train' and 'organs' in study.volumes else []
+    return lesion_records(study, data) + [(arrays, record | {'split': 'organs'}) for arrays, record in organs]
+
+def ask_record(rng: np.random.Generator, language: str, record: dict) -> str:
+    "A question for a record: what the lesion is, or which organ."
+    return (organ_request if record['kind'] == 'organ' else lesion_request)(rng, language)

@@ -64,10 +64,10 @@ def text_of(record: dict, view: str) -> str:
 # %% ../nbs/19_probe.ipynb #9d26d83b
 @torch.no_grad()
 def reports(model: PetVLM, processor: PetVLMProcessor, rows: Rows, ask: Callable, parse: Callable[[str], list[Finding]], stage: Stage, most: int = 30, max_new_tokens: int = 160) -> dict[str, float]:
-    "`micro` scores by site of reports on the first `most` rows, from images or from the findings, described (`stage.images`). `ask(rng)` gives the question, `parse(text)` the findings."
+    "`micro` scores by site of reports on the first `most` rows, from images or from the findings, described (`stage.images`). `ask(rng, record)` gives the question, `parse(text)` the findings."
     said, there, tok = [], [], processor.tokenizer
     for which in _batches(min(most, len(rows)), 32):
-        prompts = {k: v.to(model.device) for k, v in processor.prompts([ask(np.random.default_rng(i)) for i in which]).items()}
+        prompts = {k: v.to(model.device) for k, v in processor.prompts([ask(np.random.default_rng(i), rows.records[i]) for i in which]).items()}
         shown = lambda: torch.from_numpy(np.stack([_truth(model, rows, i, stage.lattice or model.lattices) for i in which])).to(model.device)
         seen = {'truth': shown()} if stage.images == 'truth' else {'images': images_of(model, rows, which)}
         ids = model.generate(**prompts, **seen, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)

@@ -17,7 +17,7 @@ from .radiograph import VIEWS, NoLungs, chest, place, project, radiograph_report
 from .sources import SourceError
 
 # %% auto #0
-__all__ = ['ABOUT', 'DENIED', 'radiograph_records', 'text_topics', 'iu_records']
+__all__ = ['ABOUT', 'DENIED', 'radiograph_rows', 'text_topics', 'iu_records']
 
 # %% ../nbs/08c_radiographs.ipynb #ce3208b8
 def _picture(data: Data) -> tuple[int, int]:
@@ -25,7 +25,7 @@ def _picture(data: Data) -> tuple[int, int]:
     if len(data.shape) != 3 or data.shape[0] != len(VIEWS): raise PrepareError(f"shape is {tuple(data.shape)}: radiographs are ({len(VIEWS)}, H, W), one row for each of {VIEWS}")
     return tuple(data.shape[1:])
 
-def radiograph_records(study: Study, data: Data) -> list[tuple[dict, dict]]:
+def radiograph_rows(study: Study, data: Data, split: str = '') -> list[tuple[dict, dict]]:
     """`[(arrays, record)]` of a study: one where it has a CT (HU) with lungs in it and a chest report, else none.
 
     arrays: {'xray': float16 (2, H, W) in [0, 1]}, frontal and lateral, of `data.shape`. record: patient, region 'chest', text, parts {'content': the findings section, 'topic': the organs with findings}, findings
@@ -64,7 +64,7 @@ def text_topics(text: str) -> list[str]:
     return [name for name, pattern in ABOUT.items() if any(re.search(pattern, t) for t in said)] or topics(())
 
 def iu_records(listing, data: Data) -> Iterator[tuple[str, tuple[dict, dict]]]:
-    "`(split, (arrays, record))` of every case of IU X-Ray in R2Gen's layout (`annotation.json` beside `images/`), one after the other, in the form of `radiograph_records`; findings are empty, for nobody marked them. Raises `SourceError` for a case without exactly two pictures, or a file that is missing or leads out of the folder."
+    "`(split, (arrays, record))` of every case of IU X-Ray in R2Gen's layout (`annotation.json` beside `images/`), one after the other, in the form of `radiograph_rows`; findings are empty, for nobody marked them. Raises `SourceError` for a case without exactly two pictures, or a file that is missing or leads out of the folder."
     shape, root = _picture(data), Path(listing).parent/'images'
     for split, name, paths, report in iu_rows(listing):
         if len(paths) != len(VIEWS): raise SourceError(f"{name}: {len(paths)} pictures, expected {len(VIEWS)}; R2Gen's split holds cases with two views only")

@@ -11,27 +11,40 @@ import numpy as np
 from .config import Data
 from .findings import Finding, Study
 from .prepare import prepare, region_rows
+from .lesiontext import parse_lesion
+from .lesionviews import ask_record, lesion_rows
+from .radiograph import radiograph_report
+from .radiographs import radiograph_rows
 from .reports import parse as parse_report
 from .reports import report_request, write_report
 from .scans import scan_rows
+from .wording import pick
 
 # %% auto #0
-__all__ = ['KINDS', 'RowKind', 'RowError', 'kind_of', 'prepare_rows', 'ask', 'parse']
+__all__ = ['XRAY_REQUESTS', 'KINDS', 'RowKind', 'RowError', 'kind_of', 'prepare_rows', 'ask', 'parse']
 
 # %% ../nbs/08e_rows.ipynb #c4b77e46
 class RowKind(NamedTuple):
-    "One kind of row: `make(study, data, split)` gives `(arrays, record)` pairs; `standard`: arrays read as deviations from the usual; `ask(rng, language)` asks for the row's text, `parse(text, language)` reads its findings back, `normal(region, language)` is the text of someone healthy (None: there is no such text)."
+    "One kind of row: `make(study, data, split)` gives `(arrays, record)` pairs; `standard`: arrays read as deviations from the usual; `ask(rng, language, record)` asks for the row's text, `parse(text, language)` reads its findings back, `normal(region, language)` is the text of someone healthy (None: there is no such text)."
     make: Callable[[Study, Data, str], list[tuple[dict, dict]]]
     standard: tuple[str, ...]
-    ask: Callable[[np.random.Generator, str], str]
+    ask: Callable[[np.random.Generator, str, dict], str]
     parse: Callable[[str, str], list[Finding]]
     normal: Callable[[str, str], str] | None
 
+XRAY_REQUESTS = {'en': ('Generate the report of this chest X-ray.', 'What do the two views show?', 'Report on these chest radiographs.'), 'vi': ('Hãy viết báo cáo cho phim X-quang ngực này.', 'Phim ngực cho thấy gì?', 'Mô tả phim X-quang ngực.')}
+
+def _ask_report(rng: np.random.Generator, language: str, record: dict) -> str: return report_request(rng, language)
+def _lesion(text: str, language: str) -> list[Finding]: return [f for f in (parse_lesion(text, language).finding,) if f]
+def _ask_radiograph(rng: np.random.Generator, language: str, record: dict) -> str: return pick(rng, XRAY_REQUESTS[language])
+def _clear(region: str, language: str) -> str: return radiograph_report((), 0, language)[0]
 def _normal(region: str, language: str) -> str: return write_report((), region, language, seed=0).text
 
 KINDS = {
-    'regions': RowKind(region_rows, ('pet', 'ct'), report_request, parse_report, _normal),
-    'scans': RowKind(scan_rows, ('ct',), report_request, parse_report, None)}
+    'regions': RowKind(region_rows, ('pet', 'ct'), _ask_report, parse_report, _normal),
+    'scans': RowKind(scan_rows, ('ct',), _ask_report, parse_report, None),
+    'lesions': RowKind(lesion_rows, (), ask_record, _lesion, None),
+    'radiographs': RowKind(radiograph_rows, ('xray',), _ask_radiograph, parse_report, _clear)}
 
 class RowError(ValueError):
     "A kind of row that there is not."
@@ -46,10 +59,10 @@ def prepare_rows(items, folder, data: Data, workers: int = 2) -> Path:
     kind = kind_of(data)
     return prepare(items, folder, data, kind.make, kind.standard, workers)
 
-def ask(data: Data) -> Callable[[np.random.Generator], str]:
-    "What asks for a row's text: a function of a random generator."
+def ask(data: Data) -> Callable[[np.random.Generator, dict], str]:
+    "What asks for a row's text: a function of a random generator and the row's record."
     request = kind_of(data).ask
-    return lambda rng: request(rng, data.language)
+    return lambda rng, record: request(rng, data.language, record)
 
 def parse(data: Data) -> Callable[[str], list[Finding]]:
     "What reads the findings of a row's text back."

@@ -6,12 +6,14 @@
 from __future__ import annotations
 import math
 from torch import nn
+from .content_topic import ContentTopic
 from .dcformer import DCFormer
 from .encoders import CTViT, ViT3D
 from .fusion import CrossAttentionFusion, NoFusion
 from .mixers import DualMixer, DualMLP
 from .petar import LesionEncoder
 from .projectors import LinearProjector, MLPProjector, NoPool, SpatialPool
+from .vit2d import ViT2D
 
 # %% auto #0
 __all__ = ['ENCODERS', 'FUSIONS', 'POOLS', 'PROJECTORS', 'SLOTS', 'SlotError', 'streams', 'reads', 'build', 'lattices']
@@ -32,8 +34,8 @@ def reads(encoder: nn.Module, name: str) -> tuple[str, ...]:
 def _width(streams) -> int: return streams[-1][1]
 def _counts(streams) -> tuple: return tuple((math.prod(g), dim) for g, dim in streams)
 
-ENCODERS = {'ctvit': CTViT, 'vit3d': ViT3D, 'dcformer': DCFormer, 'petar': LesionEncoder}
-FUSIONS = {'none': NoFusion, 'cross_attention': CrossAttentionFusion}
+ENCODERS = {'ctvit': CTViT, 'vit3d': ViT3D, 'dcformer': DCFormer, 'petar': LesionEncoder, 'vit2d': ViT2D}
+FUSIONS = {'none': NoFusion, 'cross_attention': CrossAttentionFusion, 'content_topic': ContentTopic}
 POOLS = {'none': NoPool, 'spatial': SpatialPool}
 PROJECTORS = {
     'linear': lambda streams, out_dim, **kw: LinearProjector(_width(streams), out_dim, **kw),

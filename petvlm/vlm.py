@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_masks, supervised_queries
 from .datasets import VIEWS
+from .content_topic import pooled
+from .contrast import content_topic_loss, embed_text
 from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
 from .losses import clip_loss, lm_loss
@@ -63,7 +65,7 @@ class PetVLM(PreTrainedModel, GenerationMixin):
         width = lm.config.hidden_size
         self.project = build('project', streams=[(g, d) for g, (_, d) in zip(seen, first)], out_dim=width, **args(c.project))
         self.lattices = lattices(seen, self.project)
-        self.n_image = sum(map(math.prod, self.lattices)) + getattr(self.fuse, 'topics', 0)
+        self.n_image = sum(map(math.prod, self.lattices)) + len(getattr(self.fuse, 'queries', ()))
         self.lm = lora(lm, **c.lora) if c.lora else lm
         if c.contrasts:
             self.text = nn.ModuleDict({n: TextTower(AutoModel.from_config(AutoConfig.for_model(**c.text)), c.latent_dim, c.text_pool) for n in c.contrasts})
@@ -197,7 +199,12 @@ def _match(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     far, there = F.mse_loss(found[:, :described.shape[1]], described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
     return sum((far*w).sum()/w.sum().clamp(min=1) for w in (there, 1 - there))
 
-LOSSES = {'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
+def _contrast(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
+    "Projected content and topic tokens against the frozen language model's embeddings of the findings and of the topic words."
+    text = [embed_text(m.get_input_embeddings(), b[f'text_{k}_ids'], b[f'text_{k}_mask']) for k in ('content', 'topic')]
+    return content_topic_loss(*pooled(state['visual']), *text, m.config.tau)
+
+LOSSES = {'contrast': _contrast, 'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
 
 # %% ../nbs/17_vlm.ipynb #f0ea0583
 @patch
@@ -223,8 +230,8 @@ def losses(self: PetVLM, b: dict, objective: dict[str, float]) -> dict[str, Tens
     "The losses named in `objective` for the batch `b`, and their weighted sum `loss` (equation 12)."
     state, active = {}, {k: w for k, w in objective.items() if w}
     views = {v for _, _, v in map(lambda k: k.partition('_'), active) if v}
-    speaks, shown = {'lm', 'match'} & set(active), b.get('as_image') != 'truth'      # shown: images, not findings in their place
-    if (speaks and shown) or 'contrast' in active: views.add('full')
+    speaks, shown = {'lm', 'match', 'contrast'} & set(active), b.get('as_image') != 'truth'      # shown: images, not findings in their place
+    if speaks and shown: views.add('full')
     state |= {('view', v): self.view(v, b) for v in sorted(views)}
     if speaks: state['visual'] = self.project(self.pool(state['view', 'full'])) if shown else self.image_tokens({}, b['truth'])
     if 'lm' in active: state |= self._speak(b, state['visual'], active)

@@ -19,7 +19,7 @@ from petvlm.phantom import draw, sample_patient
 from petvlm.prepare import PrepareError
 from petvlm.projectors import LinearProjector
 from petvlm.radiograph import MU_WATER, VIEWS, NoLungs, RadiographError, chest, place, project, radiograph_report, shown, topics, transmission, visible
-from petvlm.radiographs import iu_records, radiograph_records, text_topics
+from petvlm.radiographs import iu_records, radiograph_rows, text_topics
 from petvlm.reports import parse
 from petvlm.sources import SourceError, drawn_study
 from petvlm.tokens import Tokens
@@ -128,7 +128,7 @@ def test_topics_follow_from_what_is_shown():
 def test_rows_hold_what_the_text_says():
     for seed in range(8):
         study = drawn_study(seed)
-        (arrays, rec), = radiograph_records(study, DATA)
+        (arrays, rec), = radiograph_rows(study, DATA)
         assert arrays['xray'].shape == (2, 64, 64) and arrays['xray'].dtype == np.float16 and 0 <= arrays['xray'].min() and arrays['xray'].max() <= 1
         assert sites(parse(rec['text'], 'en')) == sorted({(f['organ'], f['side']) for f in rec['findings']}) and json.loads(json.dumps(rec))['kind'] == 'radiograph'
         for f in rec['findings']:
@@ -139,14 +139,14 @@ def test_rows_hold_what_the_text_says():
 def test_what_lies_beside_the_field_is_not_spoken_of():
     study = drawn_study(3)
     far = Finding('axillary_node', 'left', 'calcification', 20., center_mm=(400., 0., chest(study.volumes['ct']).centre[2]))
-    (_, rec), = radiograph_records(Study('far', study.volumes, (far,), study.reports), DATA)
+    (_, rec), = radiograph_rows(Study('far', study.volumes, (far,), study.reports), DATA)
     assert rec['findings'] == [] and parse(rec['text'], 'en') == [] and rec['parts']['topic'] == 'normal'
 
 def test_who_gives_no_row():
     study = drawn_study(3)
-    assert radiograph_records(Study('no ct', {'pet': study.volumes['pet']}, (), study.reports), DATA) == [] == radiograph_records(Study('unread', study.volumes), DATA)
-    with pytest.raises(RadiographError, match='unit 1'): radiograph_records(Study('x', {'ct': study.volumes['ct'].replace(unit='1')}, (), study.reports), DATA)
-    with pytest.raises(PrepareError): radiograph_records(study, Data('en', 0, 3, 0, 1, (1, 64, 64), 10., 8, 10., (-1000., 1000.)))
+    assert radiograph_rows(Study('no ct', {'pet': study.volumes['pet']}, (), study.reports), DATA) == [] == radiograph_rows(Study('unread', study.volumes), DATA)
+    with pytest.raises(RadiographError, match='unit 1'): radiograph_rows(Study('x', {'ct': study.volumes['ct'].replace(unit='1')}, (), study.reports), DATA)
+    with pytest.raises(PrepareError): radiograph_rows(study, Data('en', 0, 3, 0, 1, (1, 64, 64), 10., 8, 10., (-1000., 1000.)))
 
 def test_iu_files_become_the_same_rows(tmp_path):
     (tmp_path/'images/CXR1').mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_iu_files_become_the_same_rows(tmp_path):
     write = lambda **kw: listing.write_text(json.dumps({'val': [{'id': 'CXR1', 'report': 'No pleural effusion. A nodule in the right lung.', 'image_path': ['CXR1/0.png', 'CXR1/1.png'], 'split': 'val'} | kw]}))
     write(); (split_, (arrays, rec)), = iu_records(listing, DATA)
     assert split_ == 'validation' and np.allclose(arrays['xray'], .2, atol=1e-3) and arrays['xray'].shape == (2, 64, 64)
-    (_, drawn), = radiograph_records(drawn_study(3), DATA)
+    (_, drawn), = radiograph_rows(drawn_study(3), DATA)
     assert set(rec) == set(drawn) and set(rec['parts']) == set(drawn['parts']) and rec['parts']['topic'] == 'lung'
     (tmp_path/'images/CXR1/text.png').write_text('not an image')
     for paths, message in ((['CXR1/0.png'], '1 pictures'), (['CXR1/0.png', 'CXR1/2.png'], 'no such file'), (['CXR1/0.png', 'CXR1/text.png'], 'not an image'), (['CXR1/0.png', '../x.png'], 'leads out')):
