@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from .dcformer import DCFormer
 from .encoders import CTViT, ViT3D
-from .mixers import DualMixer
+from .mixers import DualMixer, DualMLP
 from .petar import PetarTower
-from .projectors import LinearProjector, MLPProjector, SpatialPool
+from .projectors import MLPProjector, SpatialPool
+from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'CheckpointError', 'Audit', 'Layout', 'load_published', 'read_state']
+__all__ = ['LAYOUTS', 'CONVERT', 'CheckpointError', 'Audit', 'Layout', 'Run', 'load_published', 'unsafe', 'read_state']
 
 # %% ../nbs/18_checkpoints.ipynb #908ebd77
 class CheckpointError(ValueError):
@@ -101,9 +102,32 @@ def _mixer(state: dict, given: dict) -> dict:
     return out
 
 def _pool(state: dict, given: dict) -> dict:
-    depth = 1 if 'projector.weight' in state else _count(state, r'projector\.(\d+)\.')//2 + 1
-    first = _get(state, 'projector.weight' if depth == 1 else 'projector.0.weight')
-    return _sized(given, size=2) | dict(in_dim=first.shape[1], out_dim=len(first), depth=depth)
+    gelu = 'projector.1.weight' not in state                                  # a second layer right behind the first: layer_type 'linear'
+    n = _count(state, r'projector\.(\d+)\.')
+    first = _get(state, 'projector.0.weight')
+    s = _sized(given, size=2, pooling='spatial')
+    if s['pooling'] not in ('spatial', 'sequence'): raise CheckpointError(f"pooling is {s['pooling']!r}, expected 'spatial' (blocks of the lattice) or 'sequence' (runs of tokens)")
+    return s | dict(in_dim=first.shape[1], out_dim=len(first), depth=n//2 + 1 if gelu else n, gelu=gelu)
+
+def _mlp(state: dict, given: dict) -> dict:
+    first = _get(state, 'mm_projector.0.weight')
+    return _sized(given) | dict(in_dim=first.shape[1], out_dim=len(first), depth=_count(state, r'mm_projector\.(\d+)\.'))
+
+def _dual_mlp(state: dict, given: dict) -> dict:
+    out, low = _get(state, 'low_up_mlp.weight').shape
+    return _sized(given) | dict(out_dim=out, low=low, high=_get(state, 'high_up_mlp.weight').shape[1])
+
+# %% ../nbs/18_checkpoints.ipynb #b92a247e
+class Run(nn.Module):
+    "Tokens on any lattice -> the same tokens in a row `(1, 1, N)`, so that a pool of `(1, 1, n)` averages runs of n."
+    def forward(self, t: Tokens) -> Tokens: return Tokens(t.x, (1, 1, t.x.shape[1]))
+
+def _spp(s: dict) -> nn.Sequential:
+    "M3D's spatial pooling projector: pool, then project."
+    pool = SpatialPool(s['size']) if s['pooling'] == 'spatial' else nn.Sequential(Run(), SpatialPool((1, 1, s['size']**3)))
+    project = MLPProjector(s['in_dim'], s['out_dim'], s['depth'])
+    if not s['gelu']: project.net = nn.Sequential(*(layer for layer in project.net if isinstance(layer, nn.Linear)))
+    return nn.Sequential(pool, project)
 
 # %% ../nbs/18_checkpoints.ipynb #0e53ec0d
 _BATCHES = {r'num_batches_tracked$': "a counter that batch norm does not use at a fixed momentum"}
@@ -120,9 +144,9 @@ LAYOUTS = {
     'm3d.vit': Layout(lambda s: ViT3D(**s), _vit, _VIT),
     'petar.tower': Layout(lambda s: PetarTower(**s), _petar,
         ((r'^vision_tower\.', 'pet.'), (r'^ct_tower\.', 'ct.'), (r'patch_embedding_mask\.position_embeddings', 'mask_position'), (r'patch_embedding_mask\.patch_embeddings\.1', 'mask_embed'), *_VIT)),
-    'm3d.spatial_pool': Layout(
-        lambda s: nn.Sequential(SpatialPool(s['size']), LinearProjector(s['in_dim'], s['out_dim']) if s['depth'] == 1 else MLPProjector(s['in_dim'], s['out_dim'], s['depth'])),
-        _pool, ((r'^projector\.', '1.net.'),)),
+    'm3d.spatial_pool': Layout(_spp, _pool, ((r'^projector\.', '1.net.'),)),
+    'med3dvlm.mlp': Layout(lambda s: MLPProjector(**s), _mlp, ((r'^mm_projector\.(\d+)(\.1)?\.', lambda m: f'net.{2*int(m[1])}.'),)),
+    'med3dvlm.low_high_mlp': Layout(lambda s: DualMLP(**s), _dual_mlp, ((r'^(low|high)_up_mlp', r'\1'), (r'^mm_projector', 'net'))),
     'med3dvlm.dcformer': Layout(lambda s: DCFormer(**s), _dcformer,
         ((r'^encoder\.s0\.0\.(\d)', lambda m: f'stem.{2*int(m[1])}'), (r'^encoder\.s(\d+)', lambda m: f'stages.{int(m[1]) - 1}'), (r'\.dwconv', '.conv'),
          (r'\.c([123])\.', _branch), (r'\.mlp\.mlp\.0', '.mlp.0'), (r'\.mlp\.mlp\.3', '.mlp.2'), (r'\.proj\.', '.down.1.')),
@@ -171,16 +195,23 @@ def load_published(kind: str, state: dict[str, Tensor], **sizes) -> tuple[nn.Mod
     return module.eval(), Audit(kind, built, mapped, passed, kept)
 
 # %% ../nbs/18_checkpoints.ipynb #88859bd3
+CONVERT = """python -c "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for k, v in torch.load('%s', map_location='cpu', weights_only=True).items()}, '%s')\""""
+
+def unsafe(path) -> CheckpointError:
+    "The refusal of a file that is not safetensors, with the command that converts it."
+    path = Path(path)
+    return CheckpointError(f"{path}: found {path.suffix or 'no suffix'}, expected .safetensors; where you trust the file, convert it: {CONVERT % (path, path.with_suffix('.safetensors'))}")
+
 def read_state(path, prefix: str = '') -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a folder with `model.safetensors` or its sharded index, whose names begin with `prefix` (removed).
 
-    Raises `CheckpointError` for another format, a missing shard, or when nothing begins with `prefix`."""
+    Raises `CheckpointError` for another format (the message holds the command that converts it), a missing shard, or when nothing begins with `prefix`."""
     path = Path(path)
     index = path/'model.safetensors.index.json'
     if index.exists(): files = [path/name for name in sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))]
     else: files = [path/'model.safetensors' if path.is_dir() else path]
     for f in files:
-        if f.suffix != '.safetensors': raise CheckpointError(f"{f}: found {f.suffix or 'no suffix'}, expected .safetensors; convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), ...)")
+        if f.suffix != '.safetensors': raise unsafe(f)
         if not f.exists(): raise CheckpointError(f"{f}: no such file; a folder must hold model.safetensors, or every shard that model.safetensors.index.json names")
     state = {k.removeprefix(prefix): v for f in files for k, v in load_file(f).items() if k.startswith(prefix)}
     if not state: raise CheckpointError(f"{path}: no tensor's name begins with {prefix!r}")
