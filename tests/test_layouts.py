@@ -1,7 +1,10 @@
 "Published data sets in their documented layouts, with invented contents."
-import json
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest
-from petvlm.layouts import PETAR_ARRAYS, autopet_items, iu_rows, m3d_items, petar_items, vimed_items, vimed_split
+from petvlm.layouts import M3DVQA_COLUMNS, PETAR_ARRAYS, autopet_h5_items, autopet_items, iu_rows, m3d_items, m3dvqa_image, m3dvqa_rows, petar_items, vimed_items, vimed_split
+from petvlm.m3dvqa import closed_answer, closed_prompt, m3d_questions
 from petvlm.sources import SourceError
 from petvlm.volume import Volume, write_nifti
 
@@ -42,7 +45,6 @@ def test_iu_x_ray_in_r2gens_layout(tmp_path):
     assert iu_rows(path)[1] == ('validation', 'CXR1', ('CXR1/0.png', 'CXR1/1.png'), 'Clear lungs.')
 
 def test_the_real_iu_listing_has_the_known_split():
-    from pathlib import Path
     from collections import Counter
     path = Path(__file__).parents[2]/'shared/data/reports_cxr/annotation.json'
     if not path.exists(): pytest.skip(f'{path} is not here: it cannot be shipped with the project')
@@ -56,3 +58,100 @@ def test_vimed_months_are_split_as_published(year, split):
 def test_vimed_wants_its_year(tmp_path):
     (tmp_path/'x/THANG 3/PET').mkdir(parents=True); np.save(tmp_path/'x/THANG 3/PET/a.npy', np.zeros((2, 2, 2)))
     with pytest.raises(SourceError, match='no year'): vimed_items(tmp_path/'x', (1, 1, 1))
+
+# ---- M3D-VQA ----
+
+HEAD = ','.join(M3DVQA_COLUMNS)
+
+def vqa_csv(folder, *rows, head=HEAD):
+    path = folder/'M3D_VQA_test.csv'
+    path.write_text('\n'.join((head, *rows)) + '\n', encoding='utf-8')
+    return path
+
+def test_m3d_vqa_rows_are_questions_like_the_phantoms(tmp_path):
+    rows = m3dvqa_rows(vqa_csv(tmp_path, 'ct/000/1.npy,ct/000/1.txt,1,"In which plane, if any, is the image?",Coronal,Axial,Sagittal,Oblique,Axial,B', 'ct/000/1.npy,ct/000/1.txt,5,Where is it?,Left,Right,Both,Unclear,Unclear,D'))
+    assert [r['category'] for r in rows] == ['Plane', 'Location'] and closed_answer(rows[1]) == 'D. Unclear'
+    assert closed_prompt(rows[0]) == 'In which plane, if any, is the image? Choices: A. Coronal B. Axial C. Sagittal D. Oblique'
+    assert set(rows[0]) - {'image', 'text'} == set(m3d_questions((), 'chest', 'axial', 'delayed')[0])
+
+def test_an_answer_that_is_not_its_choice_is_kept_and_counted(tmp_path, caplog):
+    rows = m3dvqa_rows(vqa_csv(tmp_path, 'a.npy,a.txt,3,Which organ?,Liver,Lung,Colon,Rib,lung.,B', 'a.npy,a.txt,3,Which organ now?,Liver,Lung,Colon,Rib,Spleen,B'))
+    assert closed_answer(rows[1]) == 'B. Spleen' and 'in 1 of 2 rows' in caplog.text and "'Which organ now?'" in caplog.text
+
+@pytest.mark.parametrize('row,words', [('a.npy,a.txt,6,Q?,a,b,c,d,a,A', "line 2 has the question type '6', expected 1 to 5"), ('a.npy,a.txt,1,Q?,a,b,c,d,a,E', "line 2 has the answer choice 'E', expected one of"),
+                                       ('a.npy,a.txt,1,Q?,a,b,,d,a,A', r"line 2 has nothing under \['Choice C'\]"), ('a.npy,a.txt,1,Q?', 'line 2 has nothing under')])
+def test_m3d_vqa_rows_that_cannot_be_are_refused_by_line(tmp_path, row, words):
+    with pytest.raises(SourceError, match=words) as e: m3dvqa_rows(vqa_csv(tmp_path, row))
+    assert 'M3D_VQA_test.csv' in str(e.value)
+
+def test_m3d_vqa_files_that_are_others(tmp_path):
+    with pytest.raises(SourceError, match='no such file'): m3dvqa_rows(tmp_path/'none.csv')
+    with pytest.raises(SourceError, match='holds no rows'): m3dvqa_rows(vqa_csv(tmp_path))
+    with pytest.raises(SourceError, match=r"lacks the columns \['Choice A'.*separate with commas"): m3dvqa_rows(vqa_csv(tmp_path, 'a', head='Image Path,Text,Question Type,Question,Answer'))
+    with pytest.raises(SourceError, match='separate with commas'): m3dvqa_rows(vqa_csv(tmp_path, 'a', head=HEAD.replace(',', ';')))
+    (tmp_path/'latin.csv').write_bytes((HEAD + '\na.npy,a.txt,1,Où?,a,b,c,d,a,A\n').encode('latin-1'))
+    with pytest.raises(SourceError, match='not UTF-8'): m3dvqa_rows(tmp_path/'latin.csv')
+
+def test_images_are_found_after_the_renaming_of_npy_to_nifti_and_before(tmp_path):
+    write_nifti(volume('1', .25), tmp_path/'a.nii.gz'); np.save(tmp_path/'b.npy', np.full((1, 4, 6, 8), .5, np.float32))
+    assert float(m3dvqa_image(tmp_path, {'image': 'a.npy'}).data.max()) == .25 and float(m3dvqa_image(tmp_path, {'image': 'b.nii.gz'}).data.max()) == .5
+    for n in 'ab': (tmp_path/f'{n}.txt').write_text('Report.')
+    (tmp_path/'M3D_Cap.json').write_text(json.dumps({'train': [{'image': 'a.npy', 'text': 'a.txt'}, {'image': 'b.nii.gz', 'text': 'b.txt'}]}))      # the JSON that nobody renamed
+    assert [float(load().volumes['ct'].data.max()) for _, load in m3d_items(tmp_path/'M3D_Cap.json')] == [.25, .5]
+    with pytest.raises(SourceError, match=r'c\.npy: neither this nor c\.nii\.gz is there'): m3dvqa_image(tmp_path, {'image': 'c.npy'})
+    with pytest.raises(SourceError, match='leads out'): m3dvqa_image(tmp_path, {'image': '../c.npy'})
+
+# ---- AutoPET as HDF5 ----
+# The stand-in has h5py's File as a context of nested groups and nothing else; the last test of this part writes a real file where h5py is installed.
+
+PETCT = np.zeros((8, 6, 4), np.float64); PETCT[6, 1, 3] = 7.5        # x to the left, y to the front, z to the head
+
+def a_study(**changed): return {'suv': PETCT, 'ctres': PETCT*100 - 1000, 'ct': np.zeros((16, 12, 4)), 'pet': PETCT*1e4, 'seg': (PETCT > 0).astype(float)} | changed
+
+@pytest.fixture
+def h5py_standin(monkeypatch):
+    files = {}
+    class File(dict):
+        def __init__(self, path, mode):
+            if mode != 'r': raise AssertionError('opened for writing')
+            if files[Path(path).name] is None: raise OSError('file signature not found')
+            super().__init__(files[Path(path).name])
+        def __enter__(self): return self
+        def __exit__(self, *_): return False
+    monkeypatch.setitem(sys.modules, 'h5py', SimpleNamespace(File=File))
+    return files
+
+def check_h5(path):
+    (split, load), = autopet_h5_items(path, spacing=(2., 2.5, 3.), split=lambda patient: 'test' if patient == 'PETCT_01' else 'train')
+    study = load()
+    assert split == 'test' and study.id == 'PETCT_01/study-1' and {k: (v.unit, v.shape) for k, v in study.volumes.items()} == {'pet': ('SUVbw', (4, 6, 8)), 'ct': ('HU', (4, 6, 8)), 'lesions': ('label', (4, 6, 8))}
+    assert study.volumes['pet'].spacing == (3., 2.5, 2.)
+    assert study.volumes['pet'].data[3, 4, 6] == 7.5 and study.volumes['ct'].data[3, 4, 6] == -250 and study.volumes['lesions'].data.sum() == 1      # near the head, at the back, on the left
+
+def test_autopet_hdf5_studies_are_canonical(tmp_path, h5py_standin):
+    (tmp_path/'a.hdf5').touch(); h5py_standin['a.hdf5'] = {'PETCT_01': {'study-1': a_study()}}
+    check_h5(tmp_path/'a.hdf5')
+    (_, load), = autopet_h5_items(tmp_path/'a.hdf5', (2., 2.5, 3.), orientation='RAS')
+    assert load().volumes['pet'].data[3, 4, 1] == 7.5
+
+@pytest.mark.parametrize('contents,words', [({}, 'no groups patient/study'), ({'PETCT_01': PETCT}, 'no groups patient/study'), ({'PETCT_01': {'study-1': {'suv': PETCT, 'ct': PETCT}}}, r"PETCT_01/study-1 lacks \['ctres'\], expected suv"),
+                                            ({'PETCT_01': {'study-1': a_study(ctres=np.zeros((16, 12, 4)))}}, "expected one"), (None, 'not an HDF5 file')])
+def test_autopet_hdf5_in_another_layout(tmp_path, h5py_standin, contents, words):
+    (tmp_path/'a.hdf5').touch(); h5py_standin['a.hdf5'] = contents
+    with pytest.raises(SourceError, match=words) as e: [load() for _, load in autopet_h5_items(tmp_path/'a.hdf5', (2, 2, 3))]
+    assert 'a.hdf5' in str(e.value)
+
+def test_autopet_hdf5_wants_what_the_file_does_not_hold(tmp_path, h5py_standin):
+    with pytest.raises(SourceError, match='no such file; tcia2hdf5.py'): autopet_h5_items(tmp_path/'none.hdf5', (2, 2, 3))
+    with pytest.raises(SourceError, match='expected three voxel sizes'): autopet_h5_items(tmp_path/'a.hdf5', (2, 0, 3))
+    with pytest.raises(SourceError, match="found 'LAL', expected three letters"): autopet_h5_items(tmp_path/'a.hdf5', (2, 2, 3), orientation='LAL')
+
+def test_without_h5py_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    with pytest.raises(SourceError, match='pip install h5py'): autopet_h5_items(tmp_path/'a.hdf5', (2, 2, 3))
+
+def test_autopet_hdf5_written_by_h5py(tmp_path):
+    h5py = pytest.importorskip('h5py')
+    with h5py.File(tmp_path/'a.hdf5', 'w') as f:
+        for k, v in a_study().items(): f.create_dataset(f'PETCT_01/study-1/{k}', data=v, compression='gzip')
+    check_h5(tmp_path/'a.hdf5')
