@@ -5,6 +5,7 @@
 # %% ../nbs/12a_content_topic.ipynb #1660d407
 from __future__ import annotations
 from dataclasses import dataclass
+import math
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -20,17 +21,17 @@ ORDERS, READS = ('content_first', 'topics_first'), ('content', 'visual')
 
 @dataclass(frozen=True)
 class TopicTokens(Tokens):
-    "A row of content tokens, which lie on `lattice` (d, h, w), and topic tokens; `grid` is (1, 1, N + K). `replace` keeps the parts apart."
-    lattice: tuple[int, int, int] = (1, 1, 1)
+    "A row of content tokens, which lie on `content_grid` (d, h, w), and topic tokens; `grid` is (1, 1, N + K). `replace` keeps the parts apart."
+    content_grid: tuple[int, int, int] = (1, 1, 1)
     order: str = 'content_first'
 
-    def replace(self, x: Tensor) -> TopicTokens: return TopicTokens(x, self.grid, self.lattice, self.order)
+    def replace(self, x: Tensor) -> TopicTokens: return TopicTokens(x, self.grid, content_grid=self.content_grid, order=self.order)
 
     def parts(self) -> tuple[Tokens, Tensor]:
         "Content `Tokens` (B, N, C) on their lattice, and topics (B, K, C)."
-        d, h, w = self.lattice; n = d*h*w; k = self.x.shape[1] - n
+        n = math.prod(self.content_grid); k = self.x.shape[1] - n
         content, topics = (self.x[:, :n], self.x[:, n:]) if self.order == 'content_first' else (self.x[:, k:], self.x[:, :k])
-        return Tokens(content, self.lattice), topics
+        return Tokens(content, self.content_grid), topics
 
 def split(tokens: Tokens) -> tuple[Tokens, Tensor]:
     "Content `Tokens` (B, N, C) on their lattice, and topics (B, K, C), of what `ContentTopic` gave or a projector made of it. `FusionError` for tokens that do not carry the parts."
@@ -69,7 +70,7 @@ class ContentTopic(nn.Module):
         topics = Tokens(self.to_dim(self.queries).expand(len(tokens.x), -1, -1), (1, 1, len(self.queries)))
         for layer in self.topic: topics = layer(topics, content if self.topics_read == 'content' else tokens)
         both = (content.x, topics.x) if self.order == 'content_first' else (topics.x, content.x)
-        return TopicTokens(torch.cat(both, 1), (1, 1, n + len(self.queries)), tokens.grid, self.order)
+        return TopicTokens(torch.cat(both, 1), (1, 1, n + len(self.queries)), content_grid=tokens.grid, order=self.order)
 
     def split(self, tokens: Tokens) -> tuple[Tokens, Tensor]:
         "As the function `split`."

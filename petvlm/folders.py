@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .checkpoints import LAYOUTS, Audit, CheckpointError, _get, load_published, read_state, unsafe
 
 # %% auto #0
-__all__ = ['FOLDERS', 'LM_TYPES', 'PLAIN', 'SIDE', 'Part', 'Folder', 'FolderAudit', 'recognise', 'load_folder', 'latent_columns']
+__all__ = ['FOLDERS', 'LM_TYPES', 'PLAIN', 'SIDE', 'Part', 'Folder', 'FolderAudit', 'recognise', 'load_folder']
 
 # %% ../nbs/18a_folders.ipynb #50726267
 @dataclass(frozen=True)
@@ -218,10 +218,3 @@ def load_folder(path, name: str | None = None, prefixes: dict[str, str] | None =
         try: modules[n], audits[n] = load_published(p.kind, groups[n], **p.sizes) if p.kind in LAYOUTS else PLAIN[p.kind](groups[n], p.sizes, config, path, dtype)
         except CheckpointError as e: raise CheckpointError(f"part {n!r} of {name} (prefix {p.prefix!r}): {e}") from e
     return modules, FolderAudit(name, audits, passed, replaced, unread)
-
-# %% ../nbs/18a_folders.ipynb #3b3fad7d
-def latent_columns(weight: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    "CT-CLIP's `to_visual_latent` weight `(out, h*w*C)`, columns ordered (h, w, channel), for tokens flattened (channel, h, w); `grid` is the tokens' (d, h, w). `CheckpointError` if the columns do not divide."
-    out, n = weight.shape; _, h, w = grid
-    if n % (h*w): raise CheckpointError(f"to_visual_latent has {n} columns, no multiple of the {h} x {w} places of the lattice {tuple(grid)}")
-    return weight.view(out, h, w, -1).permute(0, 3, 1, 2).flatten(1)

@@ -14,11 +14,11 @@ __all__ = ['LATENTS', 'SlabLatent', 'MeanLatent', 'SiteHead', 'site_loss']
 
 # %% ../nbs/16a_heads.ipynb #4bcd48df
 class SlabLatent(nn.Module):
-    "Tokens `(B, N, C)` on `(d, h, w)` -> unit vectors `(B, out)`: mean over d, flatten, linear without bias (CT-CLIP)."
+    "Tokens `(B, N, C)` on `(d, h, w)` -> unit vectors `(B, out)`: mean over d, flattened as (h, w, channel), linear without bias (CT-CLIP)."
     def __init__(self, grid, dim: int, out: int):
         super().__init__()
         self.linear = nn.Linear(grid[1]*grid[2]*dim, out, bias=False)
-    def forward(self, t: Tokens) -> Tensor: return F.normalize(self.linear(t.lattice().mean(2).flatten(1)), dim=-1)
+    def forward(self, t: Tokens) -> Tensor: return F.normalize(self.linear(t.x.unflatten(1, t.grid).mean(1).flatten(1)), dim=-1)
 
 class MeanLatent(nn.Module):
     "Tokens `(B, N, C)` -> unit vectors `(B, out)`: mean over the tokens, linear (Med3DVLM)."

@@ -4,6 +4,7 @@
 
 # %% ../nbs/08d_scans.ipynb #5c513769
 from __future__ import annotations
+import dataclasses
 import numpy as np
 from .config import Data, digest
 from .findings import Study
@@ -11,10 +12,10 @@ from .m3dvqa import PHASE_WORDS, PHASES, PLANE_WORDS, PLANES, closed_answer, clo
 from .phases import enhance, move, reformat
 from .prepare import PrepareError, region_grid
 from .volume import Volume, cut, region_bounds, resample
-from .vqa import split
+from .vqa import split as split_report, vqa_single
 
 # %% auto #0
-__all__ = ['AXIAL', 'series_of', 'series_sentence', 'scan_records']
+__all__ = ['AXIAL', 'series_of', 'series_sentence', 'scan_rows']
 
 # %% ../nbs/08d_scans.ipynb #7b2c3df0
 AXIAL = .7      # share of axial series; the rest is coronal or sagittal by halves
@@ -57,16 +58,17 @@ def _report(study: Study, region: str, language: str) -> str:
 def _record(study: Study, region: str, grid: Volume, plane: str, phase: str, data: Data) -> dict:
     language, shape = data.language, np.array(data.shape)
     own = [f for f in study.findings if f.region == region]
+    shown = [dataclasses.replace(f, uptake='unknown', suvmax=None) for f in own if f.seen_on in ('ct', 'both')]      # what CT tells of them
     place = lambda f: None if f.center_mm is None else np.clip(move(grid.index(f.center_mm), plane, shape, shape), 0, shape - 1).round(2).tolist()
-    text = f"{series_sentence(region, plane, phase, language)} {split(_report(study, region, language), language=language)['CT']}"
+    text = f"{series_sentence(region, plane, phase, language)} {split_report(_report(study, region, language), language=language)['CT']}"
     questions = m3d_questions(study.findings, region, plane, phase, language, seed=int(digest([study.id, region, 'm3d']), 16))
-    return dict(patient=study.id, region=region, plane=plane, phase=phase, text=text, parts={'CT': text}, kind='scan',
+    return dict(patient=study.id, region=region, plane=plane, phase=phase, text=text, parts={'CT': text}, kind='scan', single=[q for q in vqa_single(shown, region, language, seed=int(digest([study.id, region]), 16) % 2**31) if q['kind'] == 'list'],
                 findings=[f.to_dict() | {'voxel': place(f)} for f in own if f.seen_on in ('ct', 'both')],
                 open=[{k: q[k] for k in ('question', 'answer', 'category')} for q in questions],
                 closed=[{'question': closed_prompt(q), 'answer': closed_answer(q)} | {k: q[k] for k in ('letter', 'choices', 'category')} for q in questions])
 
 # %% ../nbs/08d_scans.ipynb #332a8cc1
-def scan_records(study: Study, data: Data) -> list[tuple[dict[str, np.ndarray], dict]]:
+def scan_rows(study: Study, data: Data, split: str = '') -> list[tuple[dict[str, np.ndarray], dict]]:
     """`(arrays, record)` of each region of one study that has a report. arrays: `{'ct': float16 (D, H, W) in data.shape, HU window to 0..1}`, slices of the record's plane.
 
     record: `patient, region, plane, phase, text, parts {'CT': text}, kind 'scan'`, `findings` that CT shows, each with its place `voxel` (slice, row, column) in the array (None where the finding has none), `open` (question, answer, category) and `closed`

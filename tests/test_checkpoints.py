@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 from petvlm.checkpoints import CheckpointError, load_published, read_state
-from petvlm.folders import FOLDERS, latent_columns, load_folder, recognise
+from petvlm.folders import FOLDERS, load_folder, recognise
 from petvlm.insertion import insert
 from petvlm.petar import global_and_focal
 from petvlm.published_losses import ctclip_loss, pair_scores
@@ -151,11 +151,10 @@ def test_ctclip_from_one_file(tmp_path):
     parts, audit = load_folder(tmp_path, sizes=given, without=['text'])                                           # the fixture's text tower is a stub
     assert audit.name == 'ctclip' and sorted(audit.passed_over) == ['to_text_latent_extra.weight', 'to_visual_latent_extra.weight']
     t = parts['encode'](video)
-    image = torch.nn.functional.linear(t.lattice().mean(2).flatten(1), latent_columns(parts['image_latent'].weight, t.grid))
+    image = torch.nn.functional.linear(t.x.unflatten(1, t.grid).mean(1).flatten(1), parts['image_latent'].weight)
     text = parts['text_latent'](tensor(meta['input']['text_cls']))
     for key, value in {'image_latent': torch.nn.functional.normalize(image, dim=-1), 'pair_scores': pair_scores(image, text, parts['loss']['temperature']), 'loss': ctclip_loss(image, text, parts['loss']['temperature'])}.items():
         assert difference('ctclip_latent_reduced', key, value).max() < 1e-5, key
-    with pytest.raises(CheckpointError, match='multiple'): latent_columns(torch.zeros(2, 7), (1, 2, 2))
 
 def test_dcformer_siglip(tmp_path):
     torch.manual_seed(0)

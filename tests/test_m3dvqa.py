@@ -11,7 +11,7 @@ from petvlm.phantom import draw, reports_of, sample_patient
 from petvlm.phases import CORTEX_MM, PhaseError, enhance, gains, move, reformat
 from petvlm.prepare import PrepareError, scaled, to_grid
 from petvlm.reports import capital
-from petvlm.scans import scan_records, series_of, series_sentence
+from petvlm.scans import scan_rows, series_of, series_sentence
 from petvlm.sources import drawn_study
 from petvlm.volume import cut, region_bounds
 from petvlm.vqa import split
@@ -253,8 +253,8 @@ def as_series(monkeypatch, plane, phase): monkeypatch.setattr('petvlm.scans.seri
 def study(): return drawn_study(24)
 
 def test_a_scan_is_a_series_with_caption_truth_and_questions(study):
-    made = scan_records(study, DATA)
-    again = scan_records(study, DATA)
+    made = scan_rows(study, DATA)
+    again = scan_rows(study, DATA)
     assert [r['region'] for _, r in made] and {r['region'] for _, r in made} == set(REGIONS)
     for (a, r), (b, s) in zip(made, again):
         assert r == s and np.array_equal(a['ct'], b['ct']) and a['ct'].shape == DATA.shape and a['ct'].dtype == np.float16 and 0 <= a['ct'].min() and a['ct'].max() <= 1
@@ -269,7 +269,7 @@ def test_a_scan_is_a_series_with_caption_truth_and_questions(study):
 def test_a_plain_axial_series_is_the_ct_that_prepare_makes(study, monkeypatch):
     as_series(monkeypatch, 'axial', 'non-contrast')
     expected = {k: scaled(v, DATA)['ct'] for k, v in to_grid(study, DATA).items()}
-    for arrays, r in scan_records(study, DATA): assert np.array_equal(arrays['ct'], expected[r['region']])
+    for arrays, r in scan_rows(study, DATA): assert np.array_equal(arrays['ct'], expected[r['region']])
 
 @pytest.mark.parametrize('plane', PLANES)
 def test_findings_lie_where_the_series_shows_them(plane, monkeypatch):
@@ -277,7 +277,7 @@ def test_findings_lie_where_the_series_shows_them(plane, monkeypatch):
     bright = study_of(Finding('iliac_bone', 'left', 'sclerotic', uptake='none'), Finding('gallbladder', '', 'stone', uptake='none'), Finding('kidney', 'right', 'stone', uptake='none'))
     bright = dataclasses.replace(bright, reports=reports_of(bright.findings, 3))
     gone = dataclasses.replace(study_of(), reports=bright.reports)
-    with_, without = ({r['region']: (a['ct'].astype(np.float32), r) for a, r in scan_records(s, DATA)}['abdomen_pelvis'] for s in (bright, gone))
+    with_, without = ({r['region']: (a['ct'].astype(np.float32), r) for a, r in scan_rows(s, DATA)}['abdomen_pelvis'] for s in (bright, gone))
     extra = with_[0] - without[0]
     assert len(with_[1]['findings']) == 3
     for f in with_[1]['findings']:
@@ -292,21 +292,21 @@ def test_findings_lie_where_the_series_shows_them(plane, monkeypatch):
 def test_contrast_reaches_the_series_and_a_study_without_labels_has_none(study, monkeypatch):
     as_series(monkeypatch, 'axial', 'arterial')
     bare = dataclasses.replace(study, volumes={k: v for k, v in study.volumes.items() if k != 'organs'})
-    (a, r), (b, s) = (next((x, y) for x, y in scan_records(st, DATA) if y['region'] == 'chest') for st in (study, bare))
+    (a, r), (b, s) = (next((x, y) for x, y in scan_rows(st, DATA) if y['region'] == 'chest') for st in (study, bare))
     assert r['phase'] == 'arterial' and s['phase'] == 'non-contrast' and 'non-contrast' in s['text'] and {q['answer'] for q in s['open'] if q['category'] == 'Phase'} == {'Non-contrast'}
     gain = (a['ct'].astype(np.float32) - b['ct'])*2000
     assert gain.max() > 120 and gain.min() > -2 and np.median(gain) < 5
 
 def test_a_ct_alone_is_enough_and_no_ct_or_no_report_is_refused(study):
     alone = dataclasses.replace(study, volumes={'ct': study.volumes['ct']}, findings=tuple(dataclasses.replace(f, center_mm=None) for f in study.findings))
-    made = scan_records(alone, DATA)
+    made = scan_rows(alone, DATA)
     assert len(made) == 3 and {f['voxel'] for _, r in made for f in r['findings']} == {None}
-    with pytest.raises(PrepareError, match="no 'ct' among"): scan_records(dataclasses.replace(study, volumes={'pet': study.volumes['pet']}), DATA)
-    with pytest.raises(PrepareError, match=r"expected 'en'"): scan_records(dataclasses.replace(study, reports={'chest': {'vi': 'x'}}), DATA)
-    assert scan_records(dataclasses.replace(study, reports={}), DATA) == []
+    with pytest.raises(PrepareError, match="no 'ct' among"): scan_rows(dataclasses.replace(study, volumes={'pet': study.volumes['pet']}), DATA)
+    with pytest.raises(PrepareError, match=r"expected 'en'"): scan_rows(dataclasses.replace(study, reports={'chest': {'vi': 'x'}}), DATA)
+    assert scan_rows(dataclasses.replace(study, reports={}), DATA) == []
 
 def test_vietnamese_series(study):
-    for _, r in scan_records(study, dataclasses.replace(DATA, language='vi')):
+    for _, r in scan_rows(study, dataclasses.replace(DATA, language='vi')):
         assert r['text'].startswith('CT ') and 'mặt phẳng' in r['text'] and r['closed'][0]['question'].count('Mặt phẳng') == 4
 
 def test_the_largest_organ_is_in_the_box_of_its_region(study):

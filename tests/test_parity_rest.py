@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import petvlm
 from petvlm.checkpoints import CheckpointError, load_published
 from petvlm.codebook import CosineCodebook
-from petvlm.folders import latent_columns
+from petvlm.heads import SlabLatent
 from petvlm.insertion import InsertionError, insert, overwrite, published_dialogue, published_text, published_tokens
 from petvlm.losses import LossError, similarity
 from petvlm.published_losses import ctclip_loss, pair_scores, raw_scale_logits, raw_scale_loss
@@ -139,11 +139,6 @@ def test_rows_that_are_no_pairs_are_refused(make):
     with pytest.raises(LossError, match='.{20,}'): make()
 
 # ---- CT-CLIP's latents
-def latent_class():
-    "`Latent`, wherever it lives."
-    module = next(p.stem for p in sorted(Path(petvlm.__file__).parent.glob('*.py')) if re.search(r'^class Latent\b', p.read_text(encoding='utf-8'), re.M))
-    return importlib.import_module(f'petvlm.{module}').Latent
-
 @torch.no_grad()
 def test_ctclip_latents_scores_and_loss():
     meta = fixture('ctclip_latent_reduced'); w, c = weights(meta), meta['config']['ctvit']
@@ -152,8 +147,8 @@ def test_ctclip_latents_scores_and_loss():
                             image_size=tuple(video.shape[2:]), patch_size=(c['temporal_patch_size'], c['patch_size'], c['patch_size']))
     tokens = vit(video)
     assert meta['min_vq_margin'] > 1e-5 and not difference('ctclip_latent_reduced', 'codebook_ids', vit.codebook(vit.features(video).x).ids.view(2, -1)).any()
-    latent = latent_class()(tokens.grid, tokens.dim, 32)
-    latent.load_state_dict({'linear.weight': latent_columns(w['to_visual_latent.weight'], tokens.grid)})   # CT-CLIP flattens places before channels
+    latent = SlabLatent(tokens.grid, tokens.dim, 32)
+    latent.load_state_dict({'linear.weight': w['to_visual_latent.weight']})
     image, text = latent(tokens), torch.nn.functional.normalize(tensor(meta['input']['text_cls']) @ w['to_text_latent.weight'].T, dim=-1)
     got = {'image_latent': image, 'text_latent': text, 'pair_scores': pair_scores(image, text, 1.), 'loss': ctclip_loss(image, text, 1.)}
     for key, value in got.items(): assert difference('ctclip_latent_reduced', key, value).max() < 1e-5, key
