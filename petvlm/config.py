@@ -171,6 +171,8 @@ def _forbid(cfg: Config):
     yield not views <= {*cfg.inputs, 'full'}, 'stages', f"objectives of {sorted(views - {*cfg.inputs, 'full'})}, but the inputs are {cfg.inputs}"
     tasks = {t for s in cfg.stages.values() for t in s.tasks}
     yield not tasks <= set(TASKS), 'stages', f"unknown tasks {sorted(tasks - set(TASKS))}, expected some of {sorted(TASKS)}"
+    loose = [p for st in cfg.stages.values() for p in st.train if not p.lstrip('!').partition('*')[0]]
+    yield bool(loose), 'stages', f"train: {loose} begin with a wildcard; name the part first (encode.*, lm.*), so that the graph of stages knows what is trained"
     yield cfg.align.reading not in ('union', 'region'), 'align.reading', f"found {cfg.align.reading!r}, expected 'union' or 'region'"
 
 # %% ../nbs/00_config.ipynb #9fd293fd

@@ -3,7 +3,7 @@ import pytest, torch
 from parity import difference, expected, fixture, tensor, weights
 from petvlm.checkpoints import load_published
 from petvlm.codebook import CosineCodebook
-from petvlm.encoders import CTViT, EncoderError, ViT3D, build_encoder
+from petvlm.encoders import CTViT, EncoderError, ViT3D
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_a_token_sees_the_volume_at_its_place():
     x = torch.zeros(1, 1, 4, 8, 12); y = x.clone(); y[0, 0, 3, 5, 9] = 1                       # patch (1, 1, 2)
     assert (model(y).lattice() - model(x).lattice()).abs().sum(1).nonzero().tolist() == [[0, 1, 1, 2]]
 
-@pytest.mark.parametrize('make', [lambda: build_encoder('resnet'), lambda: CTViT((4, 8, 9), (2, 4, 4)), lambda: CTViT((4, 8), (2, 4, 4)),
+@pytest.mark.parametrize('make', [lambda: CTViT((4, 8, 9), (2, 4, 4)), lambda: CTViT((4, 8), (2, 4, 4)),
                                   lambda: CTViT((4, 8, 8), (2, 4, 4), position='sine'), lambda: ViT3D((4, 8, 8), (2, 4, 4), dim=10, heads=4)])
 def test_what_cannot_be_built_says_why(make):
     with pytest.raises(EncoderError, match=r'.{20,}'): make()

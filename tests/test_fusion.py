@@ -3,8 +3,9 @@ import pytest, torch
 import torch.nn.functional as F
 from parity import difference, fixture, tensor, weights
 from petvlm.checkpoints import load_published
-from petvlm.fusion import CrossAttentionFusion, FusionError, build_fusion
-from petvlm.projectors import LinearProjector, MLPProjector, ProjectorError, SpatialPool, build_pool, build_projector
+from petvlm.fusion import CrossAttentionFusion, FusionError, NoFusion
+from petvlm.projectors import LinearProjector, MLPProjector, ProjectorError, SpatialPool
+from petvlm.slots import SLOTS, SlotError, build, lattices, streams
 from petvlm.tokens import Tokens
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def test_local_positions_start_at_the_same_place():
     moved = (fuse.attend(pet, changed) - fuse.attend(pet, ct)).abs().sum((0, 2))
     assert int(moved.argmax()) == 50
 
-@pytest.mark.parametrize('make', [lambda: build_fusion('concat', dim=16), lambda: CrossAttentionFusion(10, 4), lambda: CrossAttentionFusion(16, 4, position='sine'),
-    lambda: CrossAttentionFusion(16, 4, position='learned'), lambda: CrossAttentionFusion(8, 4)(tokens(), tokens()), lambda: build_fusion('none')(tokens(), tokens()),
+@pytest.mark.parametrize('make', [lambda: CrossAttentionFusion(10, 4), lambda: CrossAttentionFusion(16, 4, position='sine'),
+    lambda: CrossAttentionFusion(16, 4, position='learned'), lambda: CrossAttentionFusion(8, 4)(tokens(), tokens()), lambda: NoFusion()(tokens(), tokens()),
     lambda: CrossAttentionFusion(16, 4, position='learned', n_tokens=12)(tokens(), tokens())])
 def test_what_cannot_be_fused_says_why(make):
     with pytest.raises(FusionError, match='.{20,}'): make()
@@ -61,6 +62,19 @@ def test_mlp_projector_equals_the_med3dvlm_reference():
     project.load_state_dict({k.replace('mm_projector.0', 'net.0').replace('mm_projector.1.1', 'net.2'): v for k, v in w.items()})
     assert difference('mlp_projector_reduced', 'out', project(Tokens(x, (2, 2, 2))).x).max() < 1e-6
 
-@pytest.mark.parametrize('make', [lambda: build_pool('max'), lambda: build_projector('qformer'), lambda: SpatialPool(2)(tokens()), lambda: LinearProjector(8, 4)(tokens())])
+@pytest.mark.parametrize('make', [lambda: SpatialPool(2)(tokens()), lambda: LinearProjector(8, 4)(tokens())])
 def test_what_cannot_be_projected_says_why(make):
     with pytest.raises(ProjectorError, match='.{20,}'): make()
+
+# ---- slots
+@pytest.mark.parametrize('slot', SLOTS)
+def test_an_unknown_kind_is_refused_with_those_there_are(slot):
+    with pytest.raises(SlotError, match=sorted(SLOTS[slot])[0]): build(slot, 'resnet')
+
+def test_lattices_follow_the_tokens_from_encoder_to_language_model():
+    enc = build('encode', 'dcformer', image_size=(32, 32, 48), dims=(8, 8, 16, 32), blocks=(1, 1, 1), kernels=(5, 3, 3), stride=2, taps=2)
+    t, grids = enc(torch.rand(1, 1, 32, 32, 48)), [g for g, _ in streams(enc)]
+    assert [s.grid for s in t.streams] == list(grids) and [s.dim for s in t.streams] == [d for _, d in streams(enc)]
+    for kind, kw in (('mixer', dict(low_tokens=(96,), high_tokens=(6,))), ('dual_mlp', {}), ('mlp', {}), ('linear', {})):
+        project = build('project', kind, streams=streams(enc), out_dim=20, **kw)
+        assert project(t).x.shape[1] == sum(torch.tensor(g).prod().item() for g in lattices(grids, project)), kind

@@ -17,7 +17,7 @@ from petvlm.volume import cut, region_bounds
 from petvlm.vqa import split
 from petvlm.wording import ReportError, site_name
 
-DATA = Data('en', 0, 3, 0, 1, (32, 32, 48), 10., 8, 10., (-1000., 1000.))
+DATA = Data('scans', 'en', 0, 3, 0, 1, (32, 32, 48), 10., 8, 10., (-1000., 1000.))
 PATIENTS = [tuple(l.finding for l in sample_patient(seed).lesions) for seed in range(300)]
 
 def asked(language='en', patients=PATIENTS):

