@@ -15,7 +15,7 @@ from .datasets import Rows
 from .facts import judge, judge_choices, judge_retrieval
 from .findings import Study
 from .generate import ARMS, write
-from .m3dvqa import is_correct
+from .m3dvqa import Guess, is_correct
 from .prepare import scaled, standardise, to_grid
 from .probe import similarities
 from .processor import PetVLMProcessor
@@ -54,10 +54,17 @@ def arms(cfg: Config, task: str) -> list[str]:
     if cfg.ablation != 'none': return ['real', 'shuffled']
     return [a for a in ARMS if a != 'ct_shuffled' or ('ct' in cfg.inputs and len(cfg.inputs) > 1)] + ['constant']
 
+def _offered(record: dict) -> list[dict]:
+    "The closed questions of a record with their choices and right answers, as asked without choices."
+    return [o | {'choices': c['choices']} for o, c in zip(record['open'], record['closed'])]
+
 def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list[str]:
     "What is said without looking."
     normal, train = kind_of(cfg.data).normal, Rows(rows.folder, 'train').records
     if task == 'report' and normal: return [normal(rows.records[q.row]['region'], cfg.data.language) for q in questions]
+    if task == 'closed_vqa':
+        guess = Guess([q for r in train for q in _offered(r)])
+        return [f"{guess(q)}." for r in rows.records for q in _offered(r)]
     said = {}
     for q in QUESTIONS[task](Rows(rows.folder, 'train'), cfg): said.setdefault(q.group, Counter())[q.answer] += 1
     return [said[q.group].most_common(1)[0][0] if q.group in said else '' for q in questions]

@@ -13,8 +13,9 @@ from .config import Data, digest
 from .findings import Study
 from .layouts import _inside, iu_rows
 from .prepare import PrepareError
-from .radiograph import VIEWS, NoLungs, chest, place, project, radiograph_report, topics, visible
+from .radiograph import VIEWS, NoLungs, chest, place, project, radiograph_report, shown, topics, visible
 from .sources import SourceError
+from .vqa import vqa_single
 
 # %% auto #0
 __all__ = ['ABOUT', 'DENIED', 'radiograph_rows', 'text_topics', 'iu_records']
@@ -39,7 +40,8 @@ def radiograph_rows(study: Study, data: Data, split: str = '') -> list[tuple[dic
     findings = [f for f in study.findings if visible(f) and inside(f)]
     text, sections = radiograph_report(findings, int(digest([study.id, 'radiograph']), 16) % 2**31, data.language)
     record = dict(patient=study.id, region='chest', text=text, parts={'content': sections['findings'], 'topic': ' '.join(topics(findings, data.language))},
-                  findings=[f.to_dict() | ({} if f.center_mm is None else {'voxel': np.round(at(f), 2).tolist()}) for f in findings], kind='radiograph')
+                  findings=[f.to_dict() | ({} if f.center_mm is None else {'voxel': np.round(at(f), 2).tolist()}) for f in findings], kind='radiograph',
+                  single=[q for q in vqa_single(shown(findings), 'chest', data.language, seed=int(digest([study.id, 'list']), 16) % 2**31) if q['kind'] == 'list'])
     return [({'xray': np.stack([project(c, v, shape) for v in VIEWS]).astype(np.float16)}, record)]
 
 # %% ../nbs/08c_radiographs.ipynb #289e484b
