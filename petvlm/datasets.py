@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
 from .findings import LESIONS, ORGANS, REGIONS, Finding
-from .prepare import standardise
+from .prepare import standardise, usual_of
 
 # %% auto #0
 __all__ = ['LABELS', 'INDEX', 'VIEWS', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows', 'lattice_truth',
@@ -60,7 +60,7 @@ class Rows:
         record = self.records[i]
         if name == 'suv': return self.arrays['pet'][record['row']].astype(np.float32)*self.suv_max
         if name not in self.arrays: raise DatasetError(f"{self.folder}: no array {name!r}; there are {sorted(self.arrays)}")
-        stored, usual = self.arrays[name][record['row']], self.standard.get(f"{name}.{record['region']}")
+        stored, usual = self.arrays[name][record['row']], self.standard.get(f"{name}.{usual_of(record)}")
         return stored.astype(np.float32) if usual is None else standardise(stored, name, usual, self.suv_max)
     def findings(self, i: int) -> list[Finding]: return [Finding.from_dict({k: v for k, v in f.items() if k != 'voxel'}) for f in self.records[i]['findings']]
 

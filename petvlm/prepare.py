@@ -20,7 +20,7 @@ from .volume import Volume, cut, region_bounds, resample
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'feature', 'standards', 'standardise',
+__all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'feature', 'usual_of', 'standards', 'standardise',
            'region_rows', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
@@ -73,9 +73,13 @@ def feature(x: np.ndarray, name: str, suv_max: float) -> np.ndarray:
     x = x.astype(np.float32)
     return np.log(x*suv_max + .3) if name == 'pet' else x
 
+def usual_of(record: dict) -> str:
+    "What a row is compared with: its region, or what its record names under `usual` (region and plane of a CT series)."
+    return record.get('usual', record['region'])
+
 def standards(folder: Path, names: Sequence[str], suv_max: float = 10.) -> dict[str, np.ndarray]:
-    "`{input}.{region}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`. Deviations below half their median are raised to it, so that air is not a microscope."
-    with open(folder/'rows.jsonl', encoding='utf-8') as f: rows = [(r['row'], r['region']) for r in map(json.loads, f) if r['split'] == 'train']
+    "`{input}.{usual}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`; rows are compared with those of the same `usual` (the record's region, where it does not say). Deviations below half their median are raised to it, so that air is not a microscope."
+    with open(folder/'rows.jsonl', encoding='utf-8') as f: rows = [(r['row'], usual_of(r)) for r in map(json.loads, f) if r['split'] == 'train']
     out = {}
     for name in names:
         array = np.load(folder/f'{name}.npy', mmap_mode='r')

@@ -62,7 +62,7 @@ def _record(study: Study, region: str, grid: Volume, plane: str, phase: str, dat
     place = lambda f: None if f.center_mm is None else np.clip(move(grid.index(f.center_mm), plane, shape, shape), 0, shape - 1).round(2).tolist()
     text = f"{series_sentence(region, plane, phase, language)} {split_report(_report(study, region, language), language=language)['CT']}"
     questions = m3d_questions(study.findings, region, plane, phase, language, seed=int(digest([study.id, region, 'm3d']), 16))
-    return dict(patient=study.id, region=region, plane=plane, phase=phase, text=text, parts={'CT': text}, kind='scan', single=[q for q in vqa_single(shown, region, language, seed=int(digest([study.id, region]), 16) % 2**31) if q['kind'] == 'list'],
+    return dict(patient=study.id, region=region, plane=plane, phase=phase, text=text, parts={'CT': text}, kind='scan', usual=f'{region}.{plane}', single=[q for q in vqa_single(shown, region, language, seed=int(digest([study.id, region]), 16) % 2**31) if q['kind'] == 'list'],
                 findings=[f.to_dict() | {'voxel': place(f)} for f in own if f.seen_on in ('ct', 'both')],
                 open=[{k: q[k] for k in ('question', 'answer', 'category')} for q in questions],
                 closed=[{'question': closed_prompt(q), 'answer': closed_answer(q)} | {k: q[k] for k in ('letter', 'choices', 'category')} for q in questions])
