@@ -140,7 +140,7 @@ def build(cfg: Config, tokenizer, labels: int = len(LABELS), lm=None) -> PetVLM:
     text = Part(cfg.text.kind, {k: v for k, v in cfg.text.args.items() if k != 'pool'})
     config = PetVLMConfig(inputs=cfg.inputs, image_size=cfg.data.shape, encode={i: _spec(cfg.encode[i]) for i in cfg.inputs}, fuse=_spec(cfg.fuse), pool=_spec(cfg.pool), project=_spec(cfg.project),
         lm=lm.config.to_dict() if lm else language_config(cfg.lm, tokenizer), text=text_config(text, tokenizer) if contrasts else None, text_pool=cfg.text.args.get('pool', 'mean'),
-        latent=_spec(cfg.latent), contrasts=contrasts, heads=views(cfg, 'sites'), n_labels=labels, n_facets=len(FACETS),
+        latent=_spec(cfg.latent), latent_dim=cfg.latent.args.get('dim', 128), contrasts=contrasts, heads=views(cfg, 'sites'), n_labels=labels, n_facets=len(FACETS),
         image_token_id=tokenizer.convert_tokens_to_ids('<im_patch>'), tau=cfg.tau, symmetric=cfg.symmetric, siglip=siglip, align=vars(cfg.align))
     model = PetVLM(config, lm)
     if labels: model.visible.copy_(torch.from_numpy(visible()))
