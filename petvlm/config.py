@@ -213,7 +213,7 @@ def _scale(params: dict, name: str) -> list[dict]:
 
 def _scaled(values: dict, layer: dict, system: str) -> dict:
     "`values` with one layer of a scale: what is `common`, what holds for `every` stage, what is the system's."
-    every = {'stages': {name: layer.get('every', {}) for name in values['stages']}}
+    every = {'stages': {name: layer.get('every', {}) for name, stage in values['stages'].items() if stage is not None}}
     for part in (layer.get('common', {}), every, layer.get(system, {})): values = merge(values, part)
     return values
 
