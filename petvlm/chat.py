@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 import jsonschema
 from .lexicon import LEXICA
 from .wording import ReportError
@@ -14,8 +15,8 @@ from .wording import ReportError
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'SPLIT_SCHEMA', 'VQA_SCHEMA', 'PROMPTS', 'SchemaError', 'validated', 'prompt', 'contamination', 'ChatBackend',
-           'LocalChatBackend', 'OpenAIBackend']
+__all__ = ['log', 'SPLIT_SCHEMA', 'VQA_SCHEMA', 'PROMPTS', 'REMEDIES', 'SchemaError', 'validated', 'prompt', 'contamination',
+           'ChatBackend', 'LocalChatBackend', 'ChatError', 'Said', 'OpenAIBackend']
 
 # %% ../nbs/05a_chat.ipynb #96ada680
 class SchemaError(ReportError):
@@ -108,6 +109,27 @@ class LocalChatBackend(ChatBackend):
         return self.model(list(messages), max_new_tokens=self.max_new_tokens, do_sample=False, return_full_text=False)[0]['generated_text']
 
 # %% ../nbs/05a_chat.ipynb #6fc47056
+class ChatError(RuntimeError):
+    "An endpoint that cannot be reached, refuses, or answers with what is no chat completion; the message names address and model, and what to do."
+
+class Said(NamedTuple):
+    "What an endpoint answered: the text ('' for none), the model that it says it is, and why it stopped."
+    text: str
+    model: str
+    finish: str
+
+REMEDIES = MappingProxyType({'AuthenticationError': 'it does not accept the key: put the right one into the environment variable that the configuration names', 'PermissionDeniedError': 'the key may not use this model',
+    'NotFoundError': 'is the address that of an API (it mostly ends in /v1), and does it serve that model?', 'BadRequestError': 'does the model take images, and this many tokens?',
+    'APITimeoutError': 'raise the timeout, or ask a faster server', 'APIConnectionError': 'is the server running, and may this machine reach it?', 'RateLimitError': 'wait, then run it again: what was answered is kept'})
+
+def _said(reply) -> Said | str:
+    "The answer in what openai's client returned, or what is wrong with it."
+    choices = getattr(reply, 'choices', None)
+    if not choices or getattr(choices[0], 'message', None) is None: return f"found {repr(reply)[:120]}, expected a chat completion"
+    message = choices[0].message
+    return Said(message.content or getattr(message, 'refusal', None) or '', str(reply.model or ''), str(choices[0].finish_reason or ''))
+
+# %% ../nbs/05a_chat.ipynb #4114f8fe
 class OpenAIBackend(ChatBackend):
     "A chat endpoint at `base_url` serving `model`. `retries` counts answers that do not fit; `network_retries` and `timeout` (seconds) are the client's own."
     def __init__(self, base_url: str, model: str, api_key: str | None = None, retries: int = 2, network_retries: int = 3, timeout: float = 120., temperature: float = 0.):
@@ -120,3 +142,17 @@ class OpenAIBackend(ChatBackend):
         wanted = {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': dict(schema), 'strict': True}}
         reply = self.client.chat.completions.create(model=self.model, messages=list(messages), temperature=self.temperature, response_format=wanted)
         return reply.choices[0].message.content or ''
+
+    def say(self, messages: Sequence[Mapping], max_tokens: int = 512) -> Said:
+        """The answer in free words to `messages`, whose content may be text or a list of text and images (`{'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,...'}}`).
+
+        The client tries again after a server's error, a lost connection and a timeout; an answer that is no completion is asked for again `retries` times. Raises `ChatError`."""
+        from openai import OpenAIError
+        where = f"{self.client.base_url} ({self.model})"
+        for attempt in range(self.retries + 1):
+            try: found = _said(self.client.chat.completions.create(model=self.model, messages=list(messages), temperature=self.temperature, max_tokens=max_tokens))
+            except json.JSONDecodeError as e: found = f"found no JSON ({e.msg} at {e.pos}), expected a chat completion"
+            except OpenAIError as e: raise ChatError(f"{where}: {type(e).__name__}: {str(e)[:200]}; {REMEDIES.get(type(e).__name__, 'look at the log of the server')}") from e
+            if isinstance(found, Said): return found
+            log.warning('%s, attempt %d of %d: %s', where, attempt + 1, self.retries + 1, found)
+        raise ChatError(f"{where}: {self.retries + 1} attempts, the last: {found}; is there another service at this address?")

@@ -4,12 +4,12 @@
 
 # %% ../nbs/13_projectors.ipynb #17a324d0
 from __future__ import annotations
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector']
+__all__ = ['ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector', 'NormProjector', 'EveryStream']
 
 # %% ../nbs/13_projectors.ipynb #d789d93c
 class ProjectorError(ValueError):
@@ -51,3 +51,29 @@ class MLPProjector(LinearProjector):
     def __init__(self, in_dim: int, out_dim: int, depth: int = 2):
         super().__init__(in_dim, out_dim)
         self.net = nn.Sequential(self.net, *(layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(out_dim, out_dim))))
+
+# %% ../nbs/13_projectors.ipynb #ea3d7510
+class NormProjector(LinearProjector):
+    "Tokens (B, N, in_dim) -> Tokens (B, N, out_dim): one linear layer and a LayerNorm (R2GenGPT)."
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, t: Tokens) -> Tokens:
+        y = super().forward(t)
+        return y.replace(self.norm(y.x))
+
+# %% ../nbs/13_projectors.ipynb #26a5cccf
+class EveryStream(nn.Module):
+    "Tokens of one or more streams of width `in_dim` -> Tokens `(B, N_1 + N_2 + ..., out_dim)`, the first stream first; `depth` linear layers with GELU between, the same for all. `ProjectorError` for a stream of another width."
+    def __init__(self, in_dim: int, out_dim: int, depth: int = 1):
+        super().__init__()
+        self.each = MLPProjector(in_dim, out_dim, depth)
+
+    def out_grids(self, grids) -> tuple:
+        "Every lattice stays."
+        return tuple(grids)
+
+    def forward(self, t: Tokens) -> Tokens:
+        x = torch.cat([self.each(s).x for s in t.streams], 1)
+        return Tokens(x, (1, 1, x.shape[1]))
