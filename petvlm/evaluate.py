@@ -4,8 +4,9 @@
 
 # %% ../nbs/35_evaluate.ipynb #062704e2
 from __future__ import annotations
-import hashlib, json, logging, platform, subprocess
+import functools, hashlib, json, logging, platform, subprocess
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np, pandas as pd
 from .config import Config, Paths, chain, digest, last_nodes, lineage, plan, resolve
 from .datasets import Rows
 from .facts import judge, judge_choices, judge_retrieval
-from .findings import Study
+from .endpoint import endpoint_writer, served
+from .findings import Finding, Study
 from .generate import ARMS, write
+from .lesiontext import insert_measured, parse_lesion
 from .m3dvqa import Guess, is_correct
 from .prepare import scaled, standardise, to_grid
 from .probe import similarities
@@ -27,8 +30,8 @@ from .vlm import PetVLM
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'QUESTIONS', 'TASKS', 'PACKAGES', 'Asked', 'arms', 'constant', 'answers', 'revision', 'provenance', 'trained',
-           'evaluate_point', 'summary', 'draft_report']
+__all__ = ['log', 'QUESTIONS', 'TASKS', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
+           'number_accuracy', 'revision', 'provenance', 'trained', 'evaluate_point', 'summary', 'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
 class Asked(NamedTuple):
@@ -49,10 +52,10 @@ QUESTIONS = {'report': _reports, 'vqa': _questions('single'), 'open_vqa': _quest
 TASKS = (*QUESTIONS, 'retrieval')
 
 def arms(cfg: Config, task: str) -> list[str]:
-    "The arms that make sense for a point: all for a system itself, its own and another patient's images for an ablation; CT alone is shuffled only where it is one of several inputs; retrieval has no answer to be judged."
+    "The arms that make sense for a point: all for a system itself (for lesions also its own texts with numbers measured from the mask), its own and another patient's images for an ablation; CT alone is shuffled only where it is one of several inputs; retrieval has no answer to be judged."
     if task == 'retrieval': return ['real']
     if cfg.ablation != 'none': return ['real', 'shuffled']
-    return [a for a in ARMS if a != 'ct_shuffled' or ('ct' in cfg.inputs and len(cfg.inputs) > 1)] + ['constant']
+    return [a for a in ARMS if a != 'ct_shuffled' or ('ct' in cfg.inputs and len(cfg.inputs) > 1) or cfg.data.kind == 'lesions'] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions')
 
 def _offered(record: dict) -> list[dict]:
     "The closed questions of a record with their choices and right answers, as asked without choices."
@@ -69,10 +72,25 @@ def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list
     for q in QUESTIONS[task](Rows(rows.folder, 'train'), cfg): said.setdefault(q.group, Counter())[q.answer] += 1
     return [said[q.group].most_common(1)[0][0] if q.group in said else '' for q in questions]
 
-def answers(model: PetVLM, processor: PetVLMProcessor, rows: Rows, cfg: Config, task: str, questions: list[Asked], arm: str) -> list[str]:
-    "What an arm answers to `questions`."
+def with_measured(text: str, record: dict, language: str) -> str:
+    "A lesion's text with its numbers measured from PET and mask. The size of an effusion stays as generated: reports give its depth, the mask its length."
+    effusion = record['findings'] and record['findings'][0]['kind'] == 'effusion'
+    return insert_measured(text, {k: v for k, v in record['measured'].items() if not (effusion and k == 'size_mm')}, language)
+
+def answers(speak: Callable[..., list[str]], rows: Rows, cfg: Config, task: str, questions: list[Asked], arm: str) -> list[str]:
+    "What an arm answers to `questions`; `speak(rows, asked, arm, batch, max_new_tokens, seed)` as `petvlm.generate.write`."
     if arm == 'constant': return constant(rows, cfg, task, questions)
-    return write(model, processor, rows, [(q.row, q.question) for q in questions], arm, cfg.evaluation.batch, cfg.evaluation.max_new_tokens, cfg.seed)
+    texts = speak(rows, [(q.row, q.question) for q in questions], 'real' if arm == 'measured' else arm, cfg.evaluation.batch, cfg.evaluation.max_new_tokens, cfg.seed)
+    return [with_measured(t, rows.records[q.row], cfg.data.language) for t, q in zip(texts, questions)] if arm == 'measured' else texts
+
+# %% ../nbs/35_evaluate.ipynb #1d943e66
+NUMBERS = {'suvmax': lambda x, y: abs(x - y) <= .1*y, 'size_mm': lambda x, y: abs(x - y) <= 3, 'slice': lambda x, y: abs(x - y) <= 1}
+
+def number_accuracy(texts: list[str], truth: list[list[Finding]], patients: list[str], language: str, **often) -> dict:
+    "`suvmax.accuracy`, `size_mm.accuracy` and `slice.accuracy` of lesion texts, as `judge_choices` gives them; a number that is not stated is wrong."
+    asked = [(k, p, getattr(parse_lesion(t, language), k), getattr(f, k)) for t, fs, p in zip(texts, truth, patients) for f in fs for k in NUMBERS if getattr(f, k) is not None]
+    judged = judge_choices([said is not None and NUMBERS[k](said, true) for k, _, said, true in asked], [p for _, p, _, _ in asked], [k for k, _, _, _ in asked], **often)
+    return {part: {k: v for k, v in judged[part].items() if k != 'mean.accuracy'} for part in ('metrics', 'per_patient')}
 
 # %% ../nbs/35_evaluate.ipynb #3c4a8a1f
 PACKAGES = ('torch', 'transformers', 'peft', 'sacrebleu', 'rouge-score', 'bert-score', 'numpy')
@@ -87,7 +105,7 @@ def revision(root: Path) -> str:
 def provenance(cfg: Config, where: Paths, node: str) -> dict:
     "What a result depends on: run, data hash, parameter hash, code revision, library versions."
     data = hashlib.sha256((where.prepared(cfg.data)/'rows.jsonl').read_bytes()).hexdigest()[:12]
-    return {'run': node, 'key': list(chain(cfg).values())[-1], 'data_hash': data, 'params_hash': digest(cfg), 'revision': revision(where.root),
+    return {'run': node, 'key': next(reversed(chain(cfg).values()), ''), 'data_hash': data, 'params_hash': digest(cfg), 'revision': revision(where.root),
             'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}}
 
 # %% ../nbs/35_evaluate.ipynb #1943c88e
@@ -97,17 +115,23 @@ def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
     model, processor = load_point(cfg, where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage(cfg.point, scale=where.scale)])
     return model.eval(), processor, '+'.join(last_nodes(cfg.point, scale=where.scale))
 
-def _arm(model, processor, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
+def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
     "The result of one arm and its predictions."
     questions = QUESTIONS[task](rows, cfg)
-    texts, patients = answers(model, processor, rows, cfg, task, questions, arm), [rows.records[q.row]['patient'] for q in questions]
+    texts, patients = answers(speak, rows, cfg, task, questions, arm), [rows.records[q.row]['patient'] for q in questions]
     references, groups, often = [q.answer for q in questions], [q.group for q in questions], dict(n=cfg.evaluation.bootstrap, seed=cfg.seed)
     if task == 'closed_vqa': judged = judge_choices([is_correct(t, a[0]) for t, a in zip(texts, references)], patients, groups, **often)
     else:
         facts = {'predicted': [parse(cfg.data)(t) for t in texts], 'truth': [rows.findings(q.row) for q in questions]} if task == 'report' else {}
         judged = judge(texts, references, patients, metrics=cfg.evaluation.metrics, groups=groups if any(groups) else None, **often, **facts)
+        if task == 'report' and cfg.data.kind == 'lesions': judged = _joined(judged, number_accuracy(texts, facts['truth'], patients, cfg.data.language, **often))
     lines = [dict(task=task, arm=arm, patient=p, region=rows.records[q.row]['region'], question=q.question, reference=q.answer, prediction=t) for q, p, t in zip(questions, patients, texts)]
     return judged, lines
+
+def _joined(judged: dict, more: dict) -> dict:
+    "A result with the metrics of another one beside its own; both are sums over the same patients."
+    if judged['per_patient']['patients'] != more['per_patient']['patients']: raise ValueError(f"{len(more['per_patient']['patients'])} patients have numbers, {len(judged['per_patient']['patients'])} have texts")
+    return judged | {part: judged[part] | more[part] for part in ('metrics', 'per_patient')}
 
 def _retrieval(model, processor, rows: Rows, cfg: Config) -> tuple[dict, list]:
     view = views(cfg, 'clip', 'siglip')[-1]
@@ -115,12 +139,16 @@ def _retrieval(model, processor, rows: Rows, cfg: Config) -> tuple[dict, list]:
     return judge_retrieval(found, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
 
 def evaluate_point(point: str, where: Paths) -> list[dict]:
-    "Write `results.json` and `predictions.jsonl` of a trained point, every task and arm; returns the results."
+    "Write `results.json` and `predictions.jsonl` of a trained or served point, every task and arm; returns the results."
     cfg, folder = resolve(point, where.scale), where.results(point)
-    model, processor, node = trained(cfg, where)
-    rows, source, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), provenance(cfg, where, node), [], []
+    rows, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), [], []
+    if served(cfg): model, processor, speak, node = None, None, endpoint_writer(cfg, folder/'asked'), f"{cfg.lm.args['model']} (served)"
+    else:
+        model, processor, node = trained(cfg, where)
+        speak = functools.partial(write, model, processor)
+    source = provenance(cfg, where, node)
     for task, arm in ((t, a) for t in cfg.evaluation.tasks for a in arms(cfg, t)):
-        judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(model, processor, rows, cfg, task, arm)
+        judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
         results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'results.json').write_text(json.dumps(results, ensure_ascii=False), encoding='utf-8')

@@ -39,7 +39,7 @@ def _noise(x: np.ndarray, seed) -> np.ndarray: return np.random.default_rng(seed
 ARMS: dict[str, Callable] = {
     'real': lambda rows, other, i, name, seed: rows.image(i, name),
     'shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]), name),
-    'ct_shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]) if name == 'ct' else i, name),
+    'ct_shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]) if name.startswith('ct') else i, name),
     'noise': lambda rows, other, i, name, seed: rows.image(i, name) if name.startswith('mask') else _noise(rows.image(i, name), [seed, i])}
 
 # %% ../nbs/21_generate.ipynb #607e1590

@@ -74,7 +74,7 @@ _number = {'type': 'number'}
 RESULT = {
     'type': 'object', 'required': ['point', 'task', 'arm', 'n', 'n_patients', 'metrics', 'provenance'],
     'properties': {
-        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa', 'retrieval', 'open_vqa', 'closed_vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled']},
+        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa', 'retrieval', 'open_vqa', 'closed_vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled', 'measured']},
         'n': {'type': 'integer', 'minimum': 1}, 'n_patients': {'type': 'integer', 'minimum': 1}, 'tokenizer': {'type': 'string'},
         'metrics': {'type': 'object', 'additionalProperties': {
             'type': 'object', 'required': ['value', 'lo', 'hi'], 'properties': {'value': _number, 'lo': _number, 'hi': _number}}},
