@@ -49,11 +49,14 @@ class Data:
     suv_max: float                     # SUVbw that becomes 1 on the model grid
     hu_window: tuple[float, ...]       # (low, high) HU that become 0 and 1
     shift: int = 1                     # training augmentation: random shift, model voxels
+    source: Part = Part('phantom')     # where studies come from, one of petvlm.items.SOURCES; args: path, and what that layout needs
+    pet_unit: str = 'SUVbw'            # 'SUVbw', or 'relative': to the mean of the body, for PET that has no SUV (petvlm.prepare)
 
     @property
     def name(self) -> str:
-        "The folder of `prepared` that holds such rows."
-        return f'{self.kind}-{self.language}'
+        "The folder of `prepared` that holds such rows. Data from outside carry a mark of where they come from, so that they never mix with the phantom's."
+        outside = (self.source, self.pet_unit) != (Part('phantom'), 'SUVbw')
+        return f'{self.kind}-{self.language}' + (f'-{self.source.kind}-{digest([self.source, self.pet_unit])[:6]}' if outside else '')
 
 # %% ../nbs/00_config.ipynb #dd6f35d1
 TASKS = ('report', 'single', 'multi', 'list', 'open', 'closed')   # a report; one question, a dialogue; the question that asks for all findings in a line; M3D's questions without and with choices

@@ -12,8 +12,8 @@ from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .prepare import standardise, usual_of
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'VIEWS', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows', 'lattice_truth',
-           'truths', 'Items']
+__all__ = ['LABELS', 'INDEX', 'VIEWS', 'NO_PLACE', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows',
+           'placed', 'lattice_truth', 'truths', 'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -58,6 +58,7 @@ class Rows:
     def image(self, i: int, name: str) -> np.ndarray:
         "Input `name` of row `i` as the encoders read it, float32 (D, H, W): deviations from the usual at that place where that was measured, else as stored; 'suv' is PET in SUVbw."
         record = self.records[i]
+        if name == 'suv' and (unit := record.get('pet_unit', 'SUVbw')) != 'SUVbw': raise DatasetError(f"{self.folder}: PET is {unit}, not SUVbw; what needs SUV, such as the alignment loss, cannot be trained on it (objective: {{align: 0}})")
         if name == 'suv': return self.arrays['pet'][record['row']].astype(np.float32)*self.suv_max
         if name not in self.arrays: raise DatasetError(f"{self.folder}: no array {name!r}; there are {sorted(self.arrays)}")
         stored, usual = self.arrays[name][record['row']], self.standard.get(f"{name}.{usual_of(record)}")
@@ -65,6 +66,13 @@ class Rows:
     def findings(self, i: int) -> list[Finding]: return [Finding.from_dict({k: v for k, v in f.items() if k != 'voxel'}) for f in self.records[i]['findings']]
 
 # %% ../nbs/09_datasets.ipynb #682a06c7
+NO_PLACE = "what needs the phantom's truth (images: truth, sites_*, match) cannot be trained on reports alone; leave such stages out (`stage: null`) or set their weight to 0"
+
+def placed(record: dict) -> bool:
+    "Whether the findings of a row are the truth, each with its place."
+    return record.get('findings_from', 'truth') == 'truth' and all(f.get('voxel') is not None for f in record['findings'])
+
+# %% ../nbs/09_datasets.ipynb #fae05689
 SIZE_SCALE = 30.  # mm
 FACETS = (*dict.fromkeys(word for label in LABELS for word in label if word), *REGIONS)
 
@@ -83,7 +91,9 @@ def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str
     return out
 
 def truths(findings: list[dict], lattices, shape, suv_max: float, region: str) -> np.ndarray:
-    "`lattice_truth` on several lattices, one after the other."
+    "`lattice_truth` on several lattices, one after the other. Raises `DatasetError` for a finding that lies nobody knows where."
+    lost = sum(f.get('voxel') is None for f in findings)
+    if lost: raise DatasetError(f"{lost} of {len(findings)} findings of a row ({region}) have no place (voxel): {NO_PLACE}")
     return np.concatenate([lattice_truth(findings, grid, shape, suv_max, region) for grid in lattices])
 
 # %% ../nbs/09_datasets.ipynb #4febb420
@@ -93,9 +103,14 @@ def _shift(x: np.ndarray, by) -> np.ndarray:
     return x[np.ix_(*index)]
 
 class Items(Dataset):
-    "`length` training items of `rows`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted (`Rows.image`); `lattices`: those of the image tokens, `heads`: those of the tokens that heads read."
-    def __init__(self, rows: Rows, length: int, seed: int, inputs=('pet', 'ct', 'suv'), lattices=((4, 4, 4),), heads=(), tasks=('report',), ask=None, shift: int = 1):
+    """`length` training items of `rows`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted (`Rows.image`); `lattices`: those of the image tokens, `heads`: those of the tokens that heads read.
+
+    Where a row's findings have no place (`placed`), no item holds 'truth'. Raises `DatasetError` if it is needed: without images, with `heads`, or with `truth`."""
+    def __init__(self, rows: Rows, length: int, seed: int, inputs=('pet', 'ct', 'suv'), lattices=((4, 4, 4),), heads=(), tasks=('report',), ask=None, shift: int = 1, truth: bool = False):
         self.__dict__.update(rows=rows, length=length, seed=seed, inputs=inputs, lattices=lattices, heads=heads, tasks=tasks, ask=ask, shift=shift)
+        lost = sum(not placed(r) for r in rows.records)
+        if lost and (truth or heads or not inputs): raise DatasetError(f"{rows.folder}: in {lost} of {len(rows)} rows it is not known where the findings lie: {NO_PLACE}")
+        self.placed = not lost
 
     def __len__(self) -> int: return self.length
 
@@ -109,10 +124,11 @@ class Items(Dataset):
         rec, shape = self.rows.records[row], self.rows.shape
         by = rng.integers(-self.shift, self.shift + 1, 3)*(np.array(shape) > 2)        # a pair of radiographs is no depth to shift along
         images = {k: _shift(self.rows.image(row, k), by)[None] for k in self.inputs}
+        item = images | {'dialogue': self.dialogue(rec, rng), 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}}
+        if not self.placed: return item
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
         described = lambda lattices: truths(moved, lattices, shape, self.rows.suv_max, rec['region'])
-        return images | {'truth': described(self.lattices), 'dialogue': self.dialogue(rec, rng), 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}} | (
-            {'truth_heads': described(self.heads)} if self.heads else {})
+        return item | {'truth': described(self.lattices)} | ({'truth_heads': described(self.heads)} if self.heads else {})
 
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:
         "Question and answer turns of one item, of a task drawn from `tasks`."

@@ -4,21 +4,29 @@
 
 # %% ../nbs/07a_own.ipynb #07e92fa3
 from __future__ import annotations
-import csv, functools, hashlib, json
+import codecs, csv, dataclasses, functools, hashlib, io, json, re, struct, zipfile, zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
+import pydicom
+from nibabel.filebasedimages import ImageFileError
+from pydicom.errors import InvalidDicomError
+from .dicom import DicomError, SeriesInfo, find_series, pair_pet_ct, read_series
 from .findings import LANGUAGES, REGIONS, Study
 from .sources import SourceError, dicom_study
+from .volume import VolumeError, lung_extent, region_bounds
 
 # %% auto #0
-__all__ = ['SPLITS', 'Row', 'read_reports', 'split_of', 'own_study', 'own_items']
+__all__ = ['SPLITS', 'LOST', 'UNREADABLE', 'Row', 'Listing', 'read_listing', 'read_reports', 'split_of', 'pseudonym',
+           'patient_of', 'one_side', 'Load', 'own_study', 'refuse', 'listed_items', 'listing_file', 'own_items', 'Seen',
+           'look', 'survey']
 
 # %% ../nbs/07a_own.ipynb #d294b5f9
 @dataclass(frozen=True)
 class Row:
-    "One region's report. `patient`: who it is (the study by default); `split`: train, validation or test, or '' to let the patient's name decide."
+    "One region's report. `patient`: any code that tells who it is (by default the DICOM files tell); `split`: train, validation or test, or '' to let the patient's hash decide."
     study: str
     region: str
     language: str
@@ -27,59 +35,124 @@ class Row:
     split: str = ''
 
 SPLITS = ('train', 'validation', 'test')
+LOST = re.compile(r'\w*[^\W\d]\?[^\W\d]\w*')     # a question mark inside a word
 
-def _faults(row: Row, folder: Path) -> list[str]:
+def _faults(row: Row, known: Collection[str]) -> list[str]:
     "What is wrong with one row, in words."
     allowed = {'region': REGIONS, 'language': LANGUAGES, 'split': ('', *SPLITS)}
-    out = [f"{k} is {getattr(row, k)!r}, expected one of {[v for v in known if v]}" for k, known in allowed.items() if getattr(row, k) not in known]
-    if not row.text.strip(): out.append("text is empty")
-    if not row.study or Path(row.study).name != row.study: out.append(f"study is {row.study!r}, expected the name of a folder, without a path")
-    elif not (folder/row.study).is_dir(): out.append(f"study {row.study!r}: no such folder beside the file")
+    out = [f"{k} is {getattr(row, k)!r}, expected one of {[v for v in words if v]}" for k, words in allowed.items() if getattr(row, k) not in words]
+    if not row.text: out.append("text is empty")
+    if lost := LOST.search(row.text): out.append(f"text holds {lost[0]!r}: letters were lost when the file was saved; export it again as 'CSV UTF-8'")
+    if row.study not in known: out.append(f"study is {row.study!r}: no such folder beside the file")
     return out
 
 # %% ../nbs/07a_own.ipynb #70f88eb1
-def _table(path: Path) -> list[tuple[int, dict]]:
+def _decoded(path: Path, encoding: str) -> str:
+    raw = path.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): encoding = 'utf-16'
+    try: return raw.decode(encoding).lstrip('\ufeff')
+    except UnicodeDecodeError as e:
+        line = raw[:e.start].count(b'\n') + 1
+        raise SourceError(f"{path}: line {line} is not {encoding}; save it as 'CSV UTF-8', or name its encoding in data.source.args, such as encoding: cp1258 (Vietnamese) or cp1252 (Western)") from e
+    except LookupError as e: raise SourceError(f"{path}: the encoding {encoding!r} is unknown; expected a name that Python knows, such as utf-8 or cp1258") from e
+
+def _table(path: Path, encoding: str) -> list[tuple[int, dict]]:
     "Rows of a CSV (any of , ; tab) or JSON file with their line or position."
-    text = path.read_text(encoding='utf-8-sig')
+    text = _decoded(path, encoding)
     if path.suffix == '.json':
         try: rows = json.loads(text)
         except json.JSONDecodeError as e: raise SourceError(f"{path}: not JSON ({e})") from e
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise SourceError(f"{path}: expected a list of objects, one per region of a study")
         return list(enumerate(rows, 1))
-    head = text.partition('\n')[0]
-    table = csv.DictReader(text.splitlines(keepends=True), delimiter=max(',;\t', key=head.count))
-    return [(table.line_num, row) for row in table]
-
-def read_reports(path) -> list[Row]:
-    """The rows of `path`, a CSV (UTF-8; comma, semicolon or tab) or JSON file beside the studies' folders.
-
-    Raises `SourceError` with every fault and its line: unknown or missing columns, regions, languages and splits, empty texts, studies without a folder, a region reported twice in a
-    language, a patient in two splits."""
-    path = Path(path)
-    if not path.exists(): raise SourceError(f"{path}: no such file; write one with the columns {[f.name for f in fields(Row)]}")
-    table, rows, faults = _table(path), [], []
-    names, needed = {f.name for f in fields(Row)}, {'study', 'region', 'language', 'text'}
-    for line, raw in table:
-        unknown, missing = sorted(str(k) for k in set(raw) - names), sorted(needed - set(raw))
-        if unknown or missing: raise SourceError(f"{path}: line {line} has unknown columns {unknown}, lacks {missing}; expected {sorted(needed)} and, where wanted, {sorted(names - needed)}")
-        row = Row(**{k: str(v or '').strip() for k, v in raw.items()})
-        rows.append(row); faults += [f"line {line}: {why}" for why in _faults(row, path.parent)]
-    if not rows: raise SourceError(f"{path}: holds no rows")
-    twice = [key for key, n in Counter((r.study, r.region, r.language) for r in rows).items() if n > 1]
-    faults += [f"study {s!r}: {region} is reported more than once in {lang!r}" for s, region, lang in twice]
-    where = {}
-    for r in rows: where.setdefault(r.patient or r.study, set()).add(r.split)
-    faults += [f"patient {p!r} is in {sorted(s)}: one patient, one split" for p, s in where.items() if len(s) > 1]
-    if faults: raise SourceError(f"{path}: {len(faults)} faults\n  " + '\n  '.join(faults))
-    return rows
+    table = csv.DictReader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.partition('\n')[0].count))
+    try: return [(table.line_num, row) for row in table]
+    except csv.Error as e: raise SourceError(f"{path}: line {table.line_num} cannot be read ({e}); is a quotation mark left open?") from e
 
 # %% ../nbs/07a_own.ipynb #84802811
-def split_of(patient: str, validation: float = .1, test: float = .2) -> str:
-    "The split of a patient by the hash of the name; `validation` and `test` are fractions."
-    x = int(hashlib.sha256(patient.encode()).hexdigest()[:12], 16)/16**12
+class Listing(NamedTuple):
+    "A table of reports, study by study: `rows` of those that can be used, `faults` (each with its line) of those that cannot."
+    rows: dict[str, list[Row]]
+    faults: dict[str, list[str]]
+
+def _columns(path: Path, line: int, found: set) -> None:
+    names, needed = {f.name for f in fields(Row)}, {'study', 'region', 'language', 'text'}
+    unknown, missing = sorted(map(str, found - names - {None})), sorted(needed - found)
+    if unknown or missing: raise SourceError(f"{path}: line {line} has unknown columns {unknown}, lacks {missing}; expected {sorted(needed)} and, where wanted, {sorted(names - needed)}")
+
+def _folders(root: Path) -> list[str]: return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+
+def _whole(study: str, rows: list[Row]) -> list[str]:
+    "What is wrong with the rows of one study together."
+    twice = [key for key, n in Counter((r.region, r.language) for r in rows).items() if n > 1]
+    apart = [k for k in ('patient', 'split') if len({getattr(r, k) for r in rows}) > 1]
+    return [f"study {study!r}: {region} is reported more than once in {lang!r}" for region, lang in twice] + [f"study {study!r}: its rows differ in {k}" for k in apart]
+
+def read_listing(path, known: Collection[str] | None = None, encoding: str = 'utf-8-sig') -> Listing:
+    """The `Listing` of a CSV or JSON file. `known`: the studies that there are (default: the folders beside the file).
+
+    Raises `SourceError` for what is wrong with the file as a whole: missing, not in `encoding`, unknown or missing columns, no rows."""
+    path = Path(path)
+    if not path.is_file(): raise SourceError(f"{path}: no such file; write one with the columns {[f.name for f in fields(Row)]}")
+    table, known, rows, faults = _table(path, encoding), _folders(path.parent) if known is None else known, {}, {}
+    for line, raw in table:
+        _columns(path, line, set(raw))
+        row = Row(**{k: str(v or '').strip() for k, v in raw.items() if k})
+        wrong = _faults(row, known) + ["more cells than columns: is a text with a separator in it not quoted?"]*(None in raw)
+        rows.setdefault(row.study, []).append(row); faults.setdefault(row.study, []).extend(f"line {line}: {why}" for why in wrong)
+    if not rows: raise SourceError(f"{path}: holds no rows")
+    for study in rows: faults[study] += _whole(study, rows[study])
+    faults |= {study: [f"no report in {path.name}"] for study in known if study not in rows}
+    return Listing({k: v for k, v in rows.items() if not faults[k]}, {k: v for k, v in faults.items() if v})
+
+def read_reports(path, encoding: str = 'utf-8-sig') -> list[Row]:
+    "The rows of `path`, where not one has a fault. Raises `SourceError` with every fault of the file and its line: a list of forty is mended in one sitting, the first of forty is not."
+    listing = read_listing(path, encoding=encoding)
+    faults = [why for whys in listing.faults.values() for why in whys if not why.startswith('no report')]
+    if faults: raise SourceError(f"{path}: {len(faults)} faults\n  " + '\n  '.join(faults))
+    return [r for rows in listing.rows.values() for r in rows]
+
+# %% ../nbs/07a_own.ipynb #deeaa0ce
+def split_of(patient: str, validation: float = .1, test: float = .2, seed: int = 0) -> str:
+    "The split of a patient by the hash of `seed` and name; `validation` and `test` are shares of all patients. Raises `SourceError` for shares that leave nothing."
+    if min(validation, test) < 0 or validation + test >= 1: raise SourceError(f"shares: found validation {validation} and test {test}, expected two numbers from 0 on that leave something to train on")
+    x = int(hashlib.sha256(f'{seed}:{patient}'.encode()).hexdigest()[:12], 16)/16**12
     return 'test' if x < test else 'validation' if x < test + validation else 'train'
 
 # %% ../nbs/07a_own.ipynb #e06e28a1
+def pseudonym(name: str) -> str:
+    "What stands for a patient in rows and results. It hides a name from a reader, not from someone who can try all names: keep prepared data where the studies may be kept."
+    return 'p-' + hashlib.sha256(name.encode()).hexdigest()[:10]
+
+def patient_of(folder) -> str:
+    "PatientID of the first DICOM file below `folder`, or '' where none tells."
+    for path in (p for p in Path(folder).rglob('*') if p.is_file()):
+        try: return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['PatientID']).get('PatientID') or '').strip()
+        except (InvalidDicomError, OSError, EOFError): continue      # what cannot be read here is reported where the study is read
+    return ''
+
+def one_side(sides: dict[str, set[tuple[str, str]]]) -> None:
+    "Patient -> (study, split) of each study. Raises `SourceError` where a patient would be in two splits; names studies, not patients."
+    torn = [sorted(where) for where in sides.values() if len({split for _, split in where}) > 1]
+    if not torn: return
+    shown = '; '.join(', '.join(f'{study} ({split})' for study, split in where) for where in torn[:3])
+    raise SourceError(f"{len(torn)} patients would be in two splits: {shown}. Give all studies of a patient one split; if these are different people, tell them apart in the column `patient` (de-identified files may all carry one PatientID)")
+
+# %% ../nbs/07a_own.ipynb #0aad76fc
+UNREADABLE = (OSError, EOFError, zlib.error, struct.error, zipfile.BadZipFile, ImageFileError, InvalidDicomError)
+
+@dataclass(frozen=True)
+class Load:
+    "A study from outside, read when called: `study` is what its owner calls it, `patient` who it is, `read` gives a `Study` or finished rows. Raises `SourceError` where files cannot be read, and what `read` raises."
+    study: str
+    patient: str
+    read: Callable
+
+    def __call__(self):
+        try: found = self.read()
+        except UNREADABLE as e: raise SourceError(f"{self.study}: a file cannot be read ({type(e).__name__}: {e}); copy the study again") from e
+        if not isinstance(found, Study): return found
+        return dataclasses.replace(found, provenance=found.provenance | {'patient': self.patient, 'findings': 'report'})
+
 def own_study(folder, rows: tuple[Row, ...]) -> Study:
     "The PET/CT in `folder` with the reports of `rows`. Raises `DicomError` or `SUVError` from the reader."
     study = dicom_study(folder)
@@ -87,8 +160,72 @@ def own_study(folder, rows: tuple[Row, ...]) -> Study:
     for r in rows: reports.setdefault(r.region, {})[r.language] = r.text
     return Study(study.id, study.volumes, (), reports, study.provenance)
 
-def own_items(reports) -> list[tuple[str, Callable[[], Study]]]:
-    "`(split, load)` of every study that the file `reports` names, in the order of the file, as `petvlm.prepare.prepare` takes them. Raises `SourceError` (see `read_reports`) before anything is loaded."
-    rows, path, studies = read_reports(reports), Path(reports), {}
-    for r in rows: studies.setdefault(r.study, []).append(r)
-    return [(rs[0].split or split_of(rs[0].patient or name), functools.partial(own_study, path.parent/name, tuple(rs))) for name, rs in studies.items()]
+def refuse(study: str, reasons: tuple[str, ...]):
+    "What stands in for a study that the table rules out. Raises `SourceError`."
+    raise SourceError(f"{study}: {'; '.join(reasons)}")
+
+def listed_items(listing: Listing, read: Callable[[str, tuple[Row, ...]], Callable], who: Callable[[str, list[Row]], str], **shares) -> list[tuple[str, Load]]:
+    "`(split, load)` of every study of `listing`, those with faults as loads that raise. `read(study, rows)` gives what reads it, `who(study, rows)` the patient. Raises `SourceError` for a patient in two splits."
+    items, sides = [], {}
+    for study, rows in listing.rows.items():
+        patient = who(study, rows)
+        split = rows[0].split or split_of(patient, **shares)
+        sides.setdefault(patient, set()).add((study, split))
+        items.append((split, Load(study, patient, read(study, tuple(rows)))))
+    one_side(sides)
+    return items + [(split_of(study, **shares), Load(study, '', functools.partial(refuse, study, tuple(why)))) for study, why in listing.faults.items()]
+
+def listing_file(path) -> Path:
+    "`path` if it is a file, else the one `reports.csv` or `reports.json` in it. Raises `SourceError`."
+    path = Path(path)
+    found = [p for p in (path/'reports.csv', path/'reports.json') if p.exists()] if path.is_dir() else [path]
+    if len(found) != 1: raise SourceError(f"{path}: holds {[p.name for p in found]}, expected one of reports.csv and reports.json beside the studies' folders")
+    return found[0]
+
+def own_items(reports, encoding: str = 'utf-8-sig', **shares) -> list[tuple[str, Load]]:
+    "`(split, load)` of every study beside the table `reports` (or in the folder of that name), as `petvlm.prepare.prepare` takes them; `shares` as in `split_of`. Raises `SourceError` (see `read_listing`) before any image is loaded."
+    path = listing_file(reports)
+    who = lambda study, rows: pseudonym(rows[0].patient or patient_of(path.parent/study) or study)
+    return listed_items(read_listing(path, encoding=encoding), lambda study, rows: functools.partial(own_study, path.parent/study, rows), who, **shares)
+
+# %% ../nbs/07a_own.ipynb #f9f72b8a
+class Seen(NamedTuple):
+    "One study as it was found. `series`: each with why it is not used ('' = used); `reports`: language -> regions; `cover`: regions in the CT; `suv`: what SUVbw rests on; `why`: what rules the study out ('' = usable)."
+    study: str
+    series: tuple[tuple[SeriesInfo, str], ...]
+    suv: str
+    reports: dict[str, list[str]]
+    cover: tuple[str, ...]
+    why: str
+
+def _suv(meta: dict) -> str: return f"{meta['suv']['units']}; {meta['suv']['rule']}"
+
+def _looked(folder: Path) -> tuple[tuple, str, tuple, str]:
+    "Series, SUV, cover and what rules out the images in `folder`."
+    try: pair = pair_pet_ct(find_series(folder))
+    except (DicomError, *UNREADABLE) as e: return (), '', (), str(e)
+    series = tuple((s, '') for s in (pair.pet, pair.ct) if s) + pair.refused
+    if not (pair.pet and pair.ct): return series, '', (), f"no {' and no '.join(n for n, s in (('PET', pair.pet), ('CT', pair.ct)) if not s)} that can be used"
+    try:
+        pet, ct = read_series(pair.pet), read_series(pair.ct)
+        return (series, _suv(pet.meta), tuple(region_bounds(ct)), '') if lung_extent(ct) else (series, _suv(pet.meta), (), "no lungs in the CT; they tell the regions of the body apart")
+    except (DicomError, VolumeError, *UNREADABLE) as e: return series, '', (), str(e)
+
+def look(folder, rows: list[Row] = (), faults: list[str] = ()) -> Seen:
+    "The study in `folder` with the `rows` and `faults` of its table, as `Seen`; raises nothing for a bad study, nor for one that the table invents."
+    reports, (series, suv, cover, why) = {}, _looked(Path(folder)) if Path(folder).is_dir() else ((), '', (), '')
+    for r in rows: reports.setdefault(r.language, []).append(r.region)
+    told = [*faults] or (["no report"] if not rows else [])
+    if not why and not told and not {r.region for r in rows} & set(cover): told = [f"reported are {sorted({r.region for r in rows})}, the CT covers {sorted(cover)}"]
+    return Seen(Path(folder).name, series, suv, reports, cover, '; '.join(filter(None, (*told, why))))
+
+def survey(path, encoding: str = 'utf-8-sig') -> Iterator[Seen]:
+    "Every study in a folder, or beside a table of reports, as `Seen`, one after the other; a folder without a table is looked at all the same. Raises `SourceError` for a folder or table that cannot be used at all."
+    path = Path(path)
+    if not path.exists(): raise SourceError(f"{path}: no such folder or file")
+    bare = path.is_dir() and not any((path/n).exists() for n in ('reports.csv', 'reports.json'))
+    root = path if path.is_dir() else path.parent
+    listing = Listing({}, {name: ["no reports.csv beside the studies"] for name in _folders(root)}) if bare else read_listing(listing_file(path), encoding=encoding)
+    if not listing.rows and not listing.faults: raise SourceError(f"{path}: no study folders in it; expected one folder per study")
+    here = set(_folders(root))
+    for study in (*listing.rows, *listing.faults): yield look(root/study if study in here else root/'.none', listing.rows.get(study, ()), listing.faults.get(study, ()))._replace(study=study)

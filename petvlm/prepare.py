@@ -4,8 +4,8 @@
 
 # %% ../nbs/08_prepare.ipynb #a7f2c0da
 from __future__ import annotations
-import json, logging, os, shutil
-from collections.abc import Callable, Sequence
+import csv, hashlib, json, logging, os, shutil
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +13,19 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 from .config import Data, digest
-from .findings import Finding, Study
-from .vqa import split, vqa_multi, vqa_single
-from .volume import Volume, cut, region_bounds, resample
+from .findings import REGIONS, Finding, FindingError, Study
+from .reports import parse, report_request
+from .sources import SourceError
+from .suv import DicomError
+from .vqa import YES_NO, split, vqa_multi, vqa_single
+from .volume import Volume, VolumeError, body_mask, cut, lung_extent, region_bounds, resample
+from .wording import ReportError
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PrepareError', 'region_grid', 'to_grid', 'scaled', 'record', 'feature', 'usual_of', 'standards', 'standardise',
-           'region_rows', 'prepare']
+__all__ = ['log', 'PET_UNITS', 'BAD_STUDY', 'PrepareError', 'region_grid', 'relative', 'to_grid', 'scaled', 'stated', 'record',
+           'feature', 'usual_of', 'standards', 'standardise', 'region_rows', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
 class PrepareError(ValueError):
@@ -39,11 +43,27 @@ def region_grid(ct: Volume, data: Data) -> Volume:
     affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(data.shape) - 1)/2)
     return Volume(np.zeros(data.shape, np.float32), affine, 'HU', {})
 
+def relative(pet: Volume, ct: Volume) -> Volume:
+    """`pet` in any unit over its mean in the body (unit '1'), the body being that of `ct` (HU). Raises `PrepareError` where the two do not meet or the body holds nothing.
+
+    SUVbw is activity over what it would be, were the dose spread evenly through the whole body; this is activity over its mean in the part that was scanned. It is no SUV: excretion and the legs are left out."""
+    inside = resample(body_mask(ct), like=pet).data > 0
+    mean = float(pet.data[inside].mean(dtype=np.float64)) if inside.any() else 0.
+    if not mean > 0: raise PrepareError(f"PET holds {mean:g} on average in the {int(inside.sum())} voxels of the body; expected more than nothing: do PET and CT lie on each other?")
+    return pet.replace(data=pet.data/np.float32(mean), unit='1', meta=pet.meta | {'relative_to': mean, 'was': pet.unit})
+
+PET_UNITS = {'SUVbw': ('SUVbw', lambda pet, ct: pet), 'relative': ('1', relative)}     # data.pet_unit -> unit on the grid, and how PET gets there
+
+def _pet(study: Study, data: Data) -> Volume:
+    if data.pet_unit not in PET_UNITS: raise PrepareError(f"data.pet_unit: found {data.pet_unit!r}, expected one of {sorted(PET_UNITS)}")
+    try: return PET_UNITS[data.pet_unit][1](study.volumes['pet'], study.volumes['ct'])
+    except PrepareError as e: raise PrepareError(f"study {study.id}: {e}") from e
+
 def to_grid(study: Study, data: Data) -> dict[str, dict[str, Volume]]:
-    "Region name -> {'pet': SUVbw, 'ct': HU} on the model grid. Raises `PrepareError` if PET or CT is missing."
+    "Region name -> {'pet': in `data.pet_unit`, 'ct': HU} on the model grid. Raises `PrepareError` if PET or CT is missing."
     missing = {'pet', 'ct'} - set(study.volumes)
     if missing: raise PrepareError(f"study {study.id}: no {sorted(missing)} among {sorted(study.volumes)}; a PET/CT study needs both")
-    pet, ct, out = study.volumes['pet'], study.volumes['ct'], {}
+    pet, ct, out = _pet(study, data), study.volumes['ct'], {}
     for name, slab in cut(ct, region_bounds(ct, data.overlap)).items():
         grid = region_grid(slab, data)
         out[name] = {'pet': resample(pet, like=grid), 'ct': resample(ct, like=grid)}
@@ -51,21 +71,36 @@ def to_grid(study: Study, data: Data) -> dict[str, dict[str, Volume]]:
 
 # %% ../nbs/08_prepare.ipynb #39ef6c80
 def scaled(volumes: dict[str, Volume], data: Data) -> dict[str, np.ndarray]:
-    "PET and CT of one region as float16 in model units. Raises `PrepareError` for PET that is not in SUVbw or CT that is not in HU: a threshold in SUV would mean nothing."
-    for name, unit in (('pet', 'SUVbw'), ('ct', 'HU')):
-        if volumes[name].unit != unit: raise PrepareError(f"{name} is in {volumes[name].unit!r}, expected {unit}: convert it first (petvlm.dicom.read_series does), or give its factor where the source allows it")
+    "PET and CT of one region as float16 in model units. Raises `PrepareError` for PET that is not in SUVbw (unless `data.pet_unit` is 'relative') or CT that is not in HU: a threshold in SUV would mean nothing."
+    for name, unit, remedy in (('pet', PET_UNITS[data.pet_unit][0], "or, where its SUV cannot be known, set data.pet_unit: relative"), ('ct', 'HU', "HU are stored values times slope plus intercept")):
+        if volumes[name].unit != unit: raise PrepareError(f"{name} is in {volumes[name].unit!r}, expected {unit}: convert it first (petvlm.dicom.read_series does), {remedy}")
     lo, hi = data.hu_window
     return {'pet': np.clip(volumes['pet'].data/data.suv_max, 0, 3).astype(np.float16),
             'ct': np.clip((volumes['ct'].data - lo)/(hi - lo), 0, 1).astype(np.float16)}
 
+# %% ../nbs/08_prepare.ipynb #74dba3da
+def stated(turns: list[dict], findings: Sequence[Finding], text: str, language: str, seed: int) -> list[dict]:
+    "Of the questions made from what was read in `text`, those that it answers: no 'no' to what it may have said in other words, no list of nothing; at least the request for the report itself."
+    denies = lambda t: t['kind'] in ('presence', 'list', 'impression') and (not findings or t['answer'] == f'{YES_NO[language][1]}.')
+    return [t for t in turns if not denies(t)] or [{'question': report_request(np.random.default_rng(seed), language), 'answer': text, 'kind': 'report'}]
+
+def _asked(study: Study, region: str, language: str, n: int) -> tuple[list[Finding], dict]:
+    "Findings of a region, and the questions about them."
+    text, seed = study.reports[region][language], int(digest([study.id, region]), 16) % 2**31
+    if study.provenance.get('findings') == 'report':
+        findings, keep, about = parse(text, language), (lambda turns: stated(turns, findings, text, language, seed)), text
+    else: findings, keep = [f for f in study.findings if f.region == region], lambda turns: turns; about = findings
+    return findings, {'single': keep(vqa_single(about, region, language, seed=seed, n=n)), 'multi': keep(vqa_multi(about, region, language, seed=seed))}
+
 def record(study: Study, region: str, grid: Volume, data: Data, n_single: int = 6) -> dict:
-    "The texts and the truth of one region: report, its PET and CT parts, questions, findings with their place on the grid (`voxel`, d h w)."
-    findings = [f for f in study.findings if f.region == region]
-    text, seed = study.reports[region][data.language], int(digest([study.id, region]), 16) % 2**31
-    inside = lambda f: np.clip(grid.index(f.center_mm), 0, np.array(grid.shape) - 1).round(2).tolist()
-    return dict(patient=study.id, region=region, text=text, parts=split(text, language=data.language),
-                findings=[f.to_dict() | {'voxel': inside(f)} for f in findings], affine=grid.affine.round(4).tolist(),
-                single=vqa_single(findings, region, data.language, seed=seed, n=n_single), multi=vqa_multi(findings, region, data.language, seed=seed))
+    """The texts and the truth of one region: report, its PET and CT parts, questions, findings with their place on the grid (`voxel`, d h w; None where nobody knows).
+
+    `findings_from`: 'truth', or 'report' where they were read from the text. `patient`: who it is, `study`: which study of theirs."""
+    text = study.reports[region][data.language]
+    findings, questions = _asked(study, region, data.language, n_single)
+    inside = lambda f: None if f.center_mm is None else np.clip(grid.index(f.center_mm), 0, np.array(grid.shape) - 1).round(2).tolist()
+    return dict(patient=study.provenance.get('patient', study.id), study=study.id, region=region, text=text, parts=split(text, language=data.language), findings=[f.to_dict() | {'voxel': inside(f)} for f in findings],
+                findings_from=study.provenance.get('findings', 'truth'), pet_unit=data.pet_unit, affine=grid.affine.round(4).tolist()) | questions
 
 # %% ../nbs/08_prepare.ipynb #a20eaff4
 def feature(x: np.ndarray, name: str, suv_max: float) -> np.ndarray:
@@ -95,31 +130,80 @@ def standardise(x: np.ndarray, name: str, standard: np.ndarray, suv_max: float) 
 
 # %% ../nbs/08_prepare.ipynb #9f8d5dc9
 def region_rows(study: Study, data: Data, split: str) -> list[tuple[dict, dict]]:
-    "`(arrays, record)` of each region of one study. A region without a report is left out."
-    return [(scaled(v, data), record(study, name, v['ct'], data)) for name, v in to_grid(study, data).items() if name in study.reports]
+    "`(arrays, record)` of each region of one study. A region without a report is left out, a report without its region in the CT is named in the log. Raises `PrepareError` when nothing is left, and for a study from outside in whose CT no lungs are found: a cut at fixed fractions would give one region the other's report."
+    if study.provenance.get('findings') == 'report' and 'ct' in study.volumes and lung_extent(study.volumes['ct']) is None: raise PrepareError(f"study {study.id}: no lungs in the CT; they tell the regions of the body apart")
+    grids = to_grid(study, data)
+    told = [name for name in REGIONS if data.language in study.reports.get(name, {})]
+    both, lost = [n for n in grids if n in told], [n for n in told if n not in grids]
+    if not both: raise PrepareError(f"study {study.id}: reports in {data.language!r} of {told}, all reports {({k: sorted(v) for k, v in study.reports.items()})}, the CT covers {sorted(grids)}; no region has both")
+    if lost: log.warning("study %s: %s reported, but not in the CT; left out", study.id, lost)
+    return [(scaled(grids[name], data), record(study, name, grids[name]['ct'], data)) for name in both]
 
-def _rows(load: Callable[[], Study], make: Callable, data: Data, split: str) -> list[tuple[dict, dict]]: return make(load(), data, split)
+# %% ../nbs/08_prepare.ipynb #2e22dc10
+BAD_STUDY = (PrepareError, SourceError, DicomError, VolumeError, ReportError, FindingError)     # what a study can be guilty of
 
-def prepare(items: Sequence[tuple[str, Callable[[], Study]]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2) -> Path:
-    """Prepare `(split, load)` items into `folder` with `workers` processes; the folder appears only when it is complete.
+def _rows(load: Callable, make: Callable, data: Data, split: str, skip: bool) -> tuple[list[tuple[dict, dict]], str]:
+    "Rows of one study and, where there are none, why. What `load` gives is a study, or rows already."
+    try: found = load(); rows = found if isinstance(found, list) else make(found, data, split)
+    except BAD_STUDY as e:
+        if not skip: raise
+        return [], ' '.join(f'{type(e).__name__}: {e}'.split())
+    return rows, '' if rows else f'gave no row of kind {data.kind!r}'
 
-    `make(study, data, split)` gives the rows of a study as `(arrays, record)`; `standard`: inputs that encoders read as deviations from the usual. Raises `PrepareError` when nothing is left to train on, and what `make` raises."""
-    folder, tmp, n, shapes = Path(folder), Path(f'{folder}.partial'), 0, {}
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    # below, one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
-    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool, open(tmp/'rows.jsonl', 'w', encoding='utf-8') as f, ExitStack() as files:
-        splits, loads = zip(*items)
-        jobs = pool.map(_rows, loads, [make]*len(items), [data]*len(items), splits, chunksize=4)
-        for split_name, rows in zip(splits, tqdm(jobs, total=len(items), desc=f'prepare {data.name}', unit='study')):
+def _key(arrays: dict) -> str: return hashlib.sha256(b''.join(np.ascontiguousarray(arrays[k]).tobytes() for k in sorted(arrays))).hexdigest()
+
+def _unique(names: Iterable[str], results: Iterable[tuple[list, str]]) -> Iterable[tuple[list, str]]:
+    "`results`, where a study with an image that another study had before loses its rows."
+    seen = {}
+    for name, (rows, why) in zip(names, results):
+        keys = [_key(arrays) for arrays, _ in rows]
+        twin = next((seen[k] for k in keys if k in seen), None)
+        for k in keys: seen.setdefault(k, name)
+        yield (rows, why) if twin is None else ([], f'the same images as {twin}')
+
+def _write(tmp: Path, splits: Sequence[str], results: Iterable[tuple[list, str]]) -> list[tuple[str, str]]:
+    "Write rows as they come; the split of each row's item and why there is none, item by item."
+    n, shapes, out = 0, {}, []
+    with open(tmp/'rows.jsonl', 'w', encoding='utf-8') as f, ExitStack() as files:
+        for split_name, (rows, why) in zip(splits, results):
+            out.append((split_name, why))
             for arrays, rec in rows:
                 for k, x in arrays.items():
                     if k not in shapes: shapes[k] = (x.dtype, x.shape, files.enter_context(open(tmp/f'{k}.raw', 'wb')))
                     shapes[k][2].write(np.ascontiguousarray(x, shapes[k][0]).tobytes())
                 f.write(json.dumps({'row': n, 'split': split_name} | rec, ensure_ascii=False) + '\n'); n += 1
-    if not n: raise PrepareError(f"{folder}: {len(items)} studies gave no row; do they have reports in {data.language!r}?")
     for k, (dtype, shape, _) in shapes.items():
         np.save(tmp/f'{k}.npy', np.memmap(tmp/f'{k}.raw', dtype, 'r', shape=(n, *shape)))
         (tmp/f'{k}.raw').unlink()
+    return out
+
+def _account(tmp: Path, names: Sequence[str], told: list[tuple[str, str]], data: Data) -> None:
+    "Write `skipped.csv`, log the count. Raises `PrepareError` for a split whose studies are all skipped."
+    skipped = [(name, s, why) for name, (s, why) in zip(names, told) if why]
+    with open(tmp/'skipped.csv', 'w', encoding='utf-8', newline='') as f: csv.writer(f).writerows([('study', 'split', 'reason'), *skipped])
+    if not skipped: return
+    some = '; '.join(f'{name}: {why}' for name, _, why in skipped[:3])
+    lost = sorted({s for s, _ in told} - {s for s, why in told if not why})
+    if lost: raise PrepareError(f"{data.name}: {len(skipped)} of {len(told)} studies cannot be used, nothing is left for {lost}: {some}{' ...' if len(skipped) > 3 else ''}. All reasons are in {tmp/'skipped.csv'}")
+    log.warning("%s: %d of %d studies skipped (%s%s); skipped.csv has all reasons", data.name, len(skipped), len(told), some, ' ...' if len(skipped) > 3 else '')
+
+def prepare(items: Sequence[tuple[str, Callable]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2, skip: bool | None = None) -> Path:
+    """Prepare `(split, load)` items into `folder` with `workers` processes; the folder appears only when it is complete.
+
+    `load()` gives a `Study` or finished rows; `make(study, data, split)` gives the rows of a study as `(arrays, record)`; `standard`: inputs that encoders read as deviations from the usual.
+    `skip`: studies that raise one of `BAD_STUDY`, or repeat another's images, are left out and listed in `skipped.csv` (default: in data from outside, not in the phantom). A load may carry its study's name as `study`.
+    Raises `PrepareError` when a split has nothing left, what `make` raises when nothing is skipped, and everything that is not a study's fault."""
+    folder, tmp = Path(folder), Path(f'{folder}.partial')
+    if not items: raise PrepareError(f"{folder}: no studies to prepare")
+    skip = data.source.kind != 'phantom' if skip is None else skip
+    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    splits, loads = zip(*items)
+    names = [getattr(load, 'study', '') or f'number {i}' for i, load in enumerate(loads, 1)]
+    # one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
+    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool:
+        jobs = tqdm(pool.map(_rows, loads, *([x]*len(items) for x in (make, data)), splits, [skip]*len(items), chunksize=4), total=len(items), desc=f'prepare {data.name}', unit='study')
+        told = _write(tmp, splits, _unique(names, jobs) if skip else jobs)
+    _account(tmp, names, told, data)
     np.savez(tmp/'standard.npz', **standards(tmp, standard, data.suv_max))
     shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
     return folder
