@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_cli.ipynb #5b65a99a
 from __future__ import annotations
-import argparse, os, re, subprocess, sys, textwrap, time
+import argparse, json, os, re, subprocess, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
@@ -16,8 +16,8 @@ from .sources import SourceError
 from .viewer import clean
 
 # %% auto #0
-__all__ = ['ALWAYS', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'repro', 'make_data_folder',
-           'lock_text', 'study', 'seen_text', 'check', 'main']
+__all__ = ['ALWAYS', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
+           'make_data_folder', 'lock_text', 'study', 'seen_text', 'check', 'main']
 
 # %% ../nbs/40_cli.ipynb #254f6aee
 def set_scale(scale: str, root: Path) -> None:
@@ -81,15 +81,24 @@ def _dvc(targets: list[str], threads: int, root: Path, tries: int = 60) -> int:
         time.sleep(5)
     return run.returncode
 
+def release(locks: Path) -> None:
+    "Strike from DVC's record of what is being read and written (`rwlock`) the processes that are no more: a killed run leaves its own there, and the next one would wait for it for ever."
+    if not locks.exists(): return
+    held = json.loads(locks.read_text(encoding='utf-8') or '{}')
+    lives = lambda who: Path(f"/proc/{who['pid']}").exists() if Path('/proc/self').exists() else True
+    kept = {kind: {path: who for path, who in ((p, [w for w in h if lives(w)] if isinstance(h, list) else h if lives(h) else None) for p, h in entries.items()) if who} for kind, entries in held.items()}
+    if kept != held: locks.write_text(json.dumps(kept), encoding='utf-8')
+
 def repro(jobs: int = 0) -> int:
-    "Bring every result in step with data, code and configuration: `dvc repro`, system by system in `jobs` lanes, then the rest. Returns the exit code."
-    root, jobs = find_root(), jobs or lanes()
-    (root/'reports').mkdir(exist_ok=True)
-    params = load_params(root/'params.yaml'); systems = {}
-    for point in params['points']: systems.setdefault(params['points'][point]['system'], []).append(f'evaluate@{point}')
-    threads = max(1, (os.cpu_count() or 1)//jobs)
-    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, threads, root), systems.values()))
-    return max(codes) or _dvc([], os.cpu_count() or 1, root)
+    "Bring every result in step with data, code and configuration: the data sets one after the other, then `dvc repro` system by system in `jobs` lanes, then the rest. Returns the exit code."
+    root, jobs, cores = find_root(), jobs or lanes(), os.cpu_count() or 1
+    (root/'reports').mkdir(exist_ok=True); release(root/'.dvc/tmp/rwlock')
+    params, systems, sets = load_params(root/'params.yaml'), {}, {}
+    for point, spec in params['points'].items():
+        systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'prepare@{resolve(point, params=params).data.name}'] = None
+    if code := _dvc(list(sets), cores, root): return code            # while one reads `data/`, DVC lets no other run pass it
+    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, max(1, cores//jobs), root), systems.values()))
+    return max(codes) or _dvc([], cores, root)
 
 # %% ../nbs/40_cli.ipynb #1e2ac6d0
 def make_data_folder() -> None:
