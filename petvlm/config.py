@@ -214,10 +214,16 @@ def _scale(params: dict, name: str) -> list[dict]:
     own = dict(_pick(params, 'scales', name)); like = own.pop('like', None)
     return (_scale(params, like) if like else []) + [own]
 
+def _over(values: dict, layer: dict) -> dict:
+    "`merge`, but a stage that is gone stays gone when a layer only adjusts it: it comes back with an objective or not at all."
+    out = merge(values, layer)
+    gone = [k for k, stage in values['stages'].items() if stage is None and 'objective' not in (out['stages'][k] or {})]
+    return out | {'stages': out['stages'] | dict.fromkeys(gone)}
+
 def _scaled(values: dict, layer: dict, system: str) -> dict:
     "`values` with one layer of a scale: what is `common`, what holds for `every` stage, what is the system's."
     every = {'stages': {name: layer.get('every', {}) for name, stage in values['stages'].items() if stage is not None}}
-    for part in (layer.get('common', {}), every, layer.get(system, {})): values = merge(values, part)
+    for part in (layer.get('common', {}), every, layer.get(system, {})): values = _over(values, part)
     return values
 
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
@@ -226,7 +232,7 @@ def resolve(point: str, scale: str | None = None, params: dict | None = None) ->
     spec, scale = _pick({'points': params['points'] | params.get('offered', {})}, 'points', point), scale or params['scale']
     values = merge(params['base'], _pick(params, 'systems', spec['system']))
     for layer in _scale(params, scale): values = _scaled(values, layer, spec['system'])
-    values = merge(values, _pick(params, 'ablations', spec['ablation']))
+    values = _over(values, _pick(params, 'ablations', spec['ablation']))
     values['stages'] = {k: {'name': k, **v} for k, v in values['stages'].items() if v is not None}
     cfg = _build(Config, dict(values, point=point, scale=scale, **spec), point)
     for bad, key, why in _forbid(cfg):
