@@ -190,7 +190,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     processor.n_image = image_count(stage, model)
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
     items = Items(split(stage.split), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
-                  head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift)
+                  head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift, truth=bool(stage.objective.get('match')))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)

@@ -206,7 +206,7 @@ def test_hostile_text_is_escaped(table):
 
 def test_printed_cells(table):
     cells = printed(table)
-    assert cells.loc['radfm', 'BLEU-4'] == '0.06 / –' and cells.loc['constant', 'BLEU-4'].startswith('– / ') and '[' in cells.loc['vipet', 'BLEU-4']
+    assert cells.loc['radfm_pet', 'BLEU-4'] == '0.06 / –' and cells.loc['constant', 'BLEU-4'].startswith('– / ') and '[' in cells.loc['vipet', 'BLEU-4']
     assert set(table.attrs['metrics']) <= set(LABELS)
 
 def test_refusals(written, tmp_path):
