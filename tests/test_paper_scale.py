@@ -8,7 +8,8 @@ from petvlm.language import train_tokenizer
 from petvlm.train import build, set_trainable
 
 PARAMS = load_params()
-POINTS = [*PARAMS['points'], *PARAMS['offered']]
+# The systems, what is taken out of them, and what their code does otherwise. A relative's sizes are the phantom's at every scale (params.yaml says so), and a served model has none.
+POINTS = [p for p, spec in (PARAMS['points'] | PARAMS['offered']).items() if not {'encode', 'project', 'lm'} & set(PARAMS['ablations'][spec['ablation']]) and spec['ablation'] != 'concat' or p.endswith('_code') or p == 'smollm2']
 
 # What `hub` would download: the models' own config.json, and how many parameters their cards state.
 _llama2 = dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
