@@ -74,3 +74,8 @@ def test_public_functions_have_docstrings():
         for n in ast.parse((ROOT/f'petvlm/{m}.py').read_text(encoding='utf-8')).body:
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') and not ast.get_docstring(n): bare.append(f'{m}.{n.name}')
     assert not bare
+
+def test_parameters_are_yaml_to_a_strict_reader_too():
+    "DVC reads params.yaml with ruamel, which takes no key twice; PyYAML would keep the last one in silence."
+    from ruamel.yaml import YAML
+    assert set(YAML(typ='safe').load(ROOT/'params.yaml')) == set(load_params(ROOT/'params.yaml'))

@@ -312,7 +312,7 @@ def test_iu_rows(tmp_path):
     for n in 'abc':
         for i in '01': (tmp_path/f'images/{n}').mkdir(parents=True, exist_ok=True); Image.fromarray(np.random.default_rng(ord(n)).integers(0, 255, (80, 70), np.uint8)).save(tmp_path/f'images/{n}/{i}.png')
     (tmp_path/'annotation.json').write_text(json.dumps({s: [{'id': n, 'report': 'There is a nodule in the left lung.', 'image_path': [f'{n}/0.png', f'{n}/1.png']} for n in names] for s, names in cases.items()}))
-    cfg = point('content_topic', stages={'lm': None, 'pretrain': None, 'joint': {'objective': {'match': 0}}}, source={'kind': 'iu', 'args': {'path': str(tmp_path/'annotation.json')}})
+    cfg = point('content_topic', stages={'lm_list': None, 'lm': None, 'pretrain': None, 'joint': {'objective': {'match': 0}}}, source={'kind': 'iu', 'args': {'path': str(tmp_path/'annotation.json')}})
     folder = prepare_rows(items_of(cfg, Paths(tmp_path, 'smoke')), tmp_path/'p', cfg.data, workers=1)
     assert [(r['study'], r['split'], r['parts']['topic']) for r in records(folder)] == [('a', 'train', 'lung'), ('b', 'validation', 'lung'), ('c', 'test', 'lung')] and 'no such file' in skipped(folder)['d']
 

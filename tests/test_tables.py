@@ -35,7 +35,7 @@ def test_rows_compare_with_rows_and_say_what_they_need(name):
     assert table.index.is_unique and full in table.index and table['needs'].str.len().gt(0).all() and table['model'].is_unique
     assert set(table['against']) <= set(table.index) and (table['against'] != table.index).all() and set(table.drop(full)['against']) == {full}
     assert all(table.loc[c, 'needs'] == f'arm {c} of point {full}' for c in controls)
-    expected = set() if table.attrs['task'] == 'retrieval' else CONTROLS | ({'ct_shuffled'} if full in ('vipet', 'petar') else set())
+    expected = set() if table.attrs['task'] == 'retrieval' else CONTROLS | ({'ct_shuffled'} if full in ('vipet', 'petar') else set()) | ({'measured'} if name == 'petar_table1' else set())
     assert set(controls) == expected and all(table.loc[table.loc[r, 'against'], 'needs'] for r in table.index)
 
 @pytest.mark.parametrize('name', TABLES)
@@ -162,7 +162,7 @@ def test_statuses(table):
     assert table.loc['no_reg', 'status'] == 'reproduced-direction'
     assert table.loc['no_fusion_no_reg', 'status'] == 'within noise'
     assert table.loc['no_fusion', 'status'] == 'not run: needs results of point no_fusion'
-    assert table.loc['llava_med', 'status'].startswith('not run: needs the LLaVA-Med system')
+    assert table.loc['llava_med', 'status'].startswith('not run: needs point llava_med')
     assert all(table.loc[r, 'status'] == 'control: below the full model (Finding F1)' for r in ('constant', 'shuffled', 'noise'))
 
 def test_rows_that_were_not_run_hold_no_measured_number(table):
