@@ -1,5 +1,5 @@
 "Published sizes without published weights: every point at `paper` and `gpu` on the meta device, what moves in each stage, and that frozen means frozen."
-import contextlib, dataclasses, functools, time
+import contextlib, dataclasses, functools
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from petvlm.config import Part, load_params, resolve
@@ -37,9 +37,7 @@ def skeleton(cfg):
 
 @functools.cache
 def built(point: str, scale: str):
-    start = time.perf_counter()
-    model = skeleton(resolve(point, scale))
-    return model, time.perf_counter() - start
+    return skeleton(resolve(point, scale))
 
 def count(module) -> int: return sum(p.numel() for p in module.parameters())
 
@@ -65,40 +63,40 @@ PARTS |= {'no_reg': PARTS['vipet'], 'no_fusion_no_reg': PARTS['no_fusion'], 'med
 
 @pytest.mark.parametrize('point', PARTS)
 def test_every_part_has_the_published_size(point):
-    model, parts = built(point, 'paper')[0], PARTS[point][0]
+    model, parts = built(point, 'paper'), PARTS[point][0]
     assert {k: count(model.get_submodule(k)) for k in parts} == parts
 
 @pytest.mark.parametrize('point', [p for p in POINTS if resolve(p, 'paper').lm.kind == 'hub'])
 def test_the_language_model_has_its_published_size(point):
-    assert count(built(point, 'paper')[0].lm) == LMS[lm_of(resolve(point, 'paper'))][1]
+    assert count(built(point, 'paper').lm) == LMS[lm_of(resolve(point, 'paper'))][1]
 
 @pytest.mark.parametrize('point', PARTS)
 @torch.no_grad()
 def test_image_tokens_are_as_many_and_as_wide_as_published(point, shapes_only):
-    model, (_, n, lattices) = built(point, 'paper')[0].eval(), PARTS[point]
+    model, (_, n, lattices) = built(point, 'paper').eval(), PARTS[point]
     x = model.image_tokens({k: torch.empty(1, 1, *resolve(point, 'paper').data.shape, device='meta') for k in model.reads}).x
     assert x.shape == (1, n, LMS[lm_of(resolve(point, 'paper'))][0]['hidden_size']) and (model.n_image, model.lattices) == (n, lattices)
 
 @torch.no_grad()
 def test_lattices_of_the_published_encoders(shapes_only):
-    pet = built('vipet', 'paper')[0].eval().encode['pet'](torch.empty(1, 1, 140, 480, 480, device='meta'))
-    ct = built('med3dvlm', 'paper')[0].eval().encode['ct'](torch.empty(1, 1, 128, 256, 256, device='meta'))
+    pet = built('vipet', 'paper').eval().encode['pet'](torch.empty(1, 1, 140, 480, 480, device='meta'))
+    ct = built('med3dvlm', 'paper').eval().encode['ct'](torch.empty(1, 1, 128, 256, 256, device='meta'))
     assert (pet.grid, pet.dim) == ((14, 24, 24), 512)                                          # facts.md 6: 14 slabs of 24 x 24 x 512
     assert [(t.x.shape[1:], t.grid) for t in ct.streams] == [((256, 384), (4, 8, 8)), ((32, 768), (2, 4, 4))]   # facts.md 1
-    assert built('petar', 'paper')[0].encode['lesion'].grid == (8, 16, 16)                    # facts.md 3: 2,048 tokens
+    assert built('petar', 'paper').encode['lesion'].grid == (8, 16, 16)                    # facts.md 3: 2,048 tokens
 
 @pytest.mark.parametrize('scale', ['gpu', 'paper'])
 @pytest.mark.parametrize('point', POINTS)
 @torch.no_grad()
-def test_every_point_is_built_in_seconds_without_a_number(point, scale, shapes_only):
-    model, seconds = built(point, scale)
-    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'} and seconds < 20
+def test_every_point_is_built_without_a_number(point, scale, shapes_only):
+    model = built(point, scale)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'}
     x = model.eval().image_tokens({k: torch.empty(2, 1, *resolve(point, scale).data.shape, device='meta') for k in model.reads}).x
     assert x.shape == (2, model.n_image, model.lm.config.hidden_size) and model.n_image + 1000 < 2048        # the processor cuts at 2,048
 
 @pytest.mark.parametrize('point', POINTS)
 def test_at_paper_scale_nothing_stands_in_for_published_weights(point):
-    stages, model = resolve(point, 'paper').stages.values(), built(point, 'paper')[0]
+    stages, model = resolve(point, 'paper').stages.values(), built(point, 'paper')
     assert {s.images for s in stages} == {'image'} and not any(o.startswith(('sites', 'match')) for s in stages for o, w in s.objective.items() if w)
     assert not hasattr(model, 'heads') and not hasattr(model, 'truth')
 
