@@ -1,5 +1,5 @@
 # make repro            environment + data + every table of the paper, at the scale named in params.yaml
-# make repro SCALE=smoke   the same path in six minutes
+# make repro SCALE=smoke   the same path, too short to learn anything
 # make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
 # make lab              JupyterLab
 # make study DICOM=folder  a real PET/CT folder -> one HTML page

@@ -12,19 +12,25 @@ def run(clone: Path, *args: str, **kw) -> str:
     assert out.returncode == 0, f"{' '.join(args)}:\n{out.stdout[-3000:]}\n{out.stderr[-3000:]}"
     return out.stdout
 
-POINTS = ('vipet', 'no_reg', 'med3dvlm', 'dcformer_clip', 'petar', 'petar_none', 'content_topic')
+QUICK = ('vipet', 'no_reg', 'content_topic')                      # two systems side by side and an ablation; `make test-slow` runs every system
+POINTS = (*QUICK, 'med3dvlm', 'dcformer_clip', 'petar', 'petar_none')
 
-@pytest.fixture(scope='module')
-def clone(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp('fresh')/'petvlm'
+def reproduced(path: Path, points) -> Path:
+    "A fresh clone in which `points` were trained, evaluated and tabulated at smoke scale."
     subprocess.run(['git', 'clone', '-q', str(ROOT), str(path)], check=True)
-    params = path/'params.yaml'; text = params.read_text()                 # every system, every kind of ablation; the rest is the same path again
-    kept = [line for line in text[text.index('\npoints:'):text.index('\noffered:')].splitlines(True) if line.split(':')[0].strip() in ('', 'points', *POINTS)]
+    params = path/'params.yaml'; text = params.read_text()
+    kept = [line for line in text[text.index('\npoints:'):text.index('\noffered:')].splitlines(True) if line.split(':')[0].strip() in ('', 'points', *points)]
     params.write_text(text[:text.index('\npoints:')] + ''.join(kept) + text[text.index('\noffered:'):])
     run(path, sys.executable, '-m', 'petvlm.cli', 'plan', '--scale', 'smoke')
     run(path, sys.executable, '-m', 'petvlm.cli', 'data')
     run(path, sys.executable, '-m', 'petvlm.cli', 'repro')
     return path
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory) -> Path: return reproduced(tmp_path_factory.mktemp('fresh')/'petvlm', QUICK)
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> Path: return reproduced(tmp_path_factory.mktemp('whole')/'petvlm', POINTS)
 
 ROWS = {'vipet_table1': ('vipet', 'no_reg', 'shuffled'), 'vipet_table2': ('vipet', 'no_reg'), 'med3dvlm_table1': ('med3dvlm',), 'med3dvlm_table2': ('med3dvlm', 'noise'), 'med3dvlm_table3': ('med3dvlm',),
         'med3dvlm_table4': ('med3dvlm', 'constant'), 'med3dvlm_table5': ('med3dvlm', 'dcformer_clip'), 'petar_table1': ('petar', 'measured'), 'petar_table2': ('petar', 'petar_none'), 'content_topic_table1': ('content_topic', 'constant')}
@@ -33,19 +39,28 @@ def test_every_table_is_written():
     from petvlm.tables import TABLES
     assert set(ROWS) <= set(TABLES)
 
-@pytest.mark.parametrize('name', ROWS)
-def test_each_table_holds_what_was_trained_with_its_run(clone, name):
+def check_table(clone: Path, name: str) -> None:
     table = pd.read_csv(clone/f'tables/smoke/{name}.csv', index_col='row')
     for row in ROWS[name]:
         measured = [c for c in table.columns if c.endswith(' measured')]
         assert table.loc[row, measured].notna().any() and '.' in table.loc[row, 'run'] and 'not run' not in table.loc[row, 'status'], row
     assert table['status'].notna().all() and (clone/f'tables/smoke/{name}.md').exists() and (clone/f'tables/smoke/{name}.tex').exists()
 
+@pytest.mark.parametrize('name', [n for n in ROWS if n.startswith(('vipet', 'content'))])
+def test_each_table_holds_what_was_trained_with_its_run(clone, name): check_table(clone, name)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ROWS)
+def test_each_table_of_every_system(whole, name): check_table(whole, name)
+
+@pytest.mark.slow
+def test_lesions_have_their_arms_and_their_numbers(whole):
+    lesions = json.loads((whole/'runs/smoke/evaluate/petar/results.json').read_text())
+    assert {r['arm'] for r in lesions} == {'real', 'shuffled', 'ct_shuffled', 'noise', 'constant', 'measured'} and all({'suvmax.accuracy', 'slice.accuracy'} <= set(r['metrics']) for r in lesions)
+
 def test_every_arm_is_there_and_traceable(clone):
     results = json.loads((clone/'runs/smoke/evaluate/vipet/results.json').read_text())
     assert {r['arm'] for r in results if r['task'] == 'report'} == {'real', 'shuffled', 'ct_shuffled', 'noise', 'constant'}
-    lesions = json.loads((clone/'runs/smoke/evaluate/petar/results.json').read_text())
-    assert {r['arm'] for r in lesions} == {'real', 'shuffled', 'ct_shuffled', 'noise', 'constant', 'measured'} and all({'suvmax.accuracy', 'slice.accuracy'} <= set(r['metrics']) for r in lesions)
     for r in results: assert r['provenance']['run'] == 'vipet.instruct' and r['provenance']['data_hash'] and r['n_patients'] > 1
 
 def test_the_data_are_the_bytes_of_data_dvc(clone):
