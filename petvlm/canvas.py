@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
-from .volume import Volume
 
 # %% auto #0
 __all__ = ['FIELD_MM', 'SLAB', 'Grid', 'Ellipsoid', 'Column', 'Blob', 'coverage', 'slabs', 'Canvas', 'gauss', 'blur', 'noise']

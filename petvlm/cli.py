@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
-from .config import ConfigError, find_root, last_nodes, load_params, plan, resolve
+from .config import ConfigError, find_root, load_params, resolve
+from .graph import last_nodes, plan
 from .own import Seen, survey
 from .phantom import make_data
 from .sources import SourceError

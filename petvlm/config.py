@@ -10,9 +10,8 @@ from pathlib import Path
 import yaml
 
 # %% auto #0
-__all__ = ['TASKS', 'OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'Data', 'Align', 'Stage', 'Evaluation', 'Config', 'merge',
-           'Reads', 'reads', 'load_params', 'resolve', 'digest', 'trains', 'waits', 'chain', 'plan', 'path_to',
-           'last_nodes', 'lineage', 'Paths', 'paths']
+__all__ = ['TASKS', 'OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'digest', 'Data', 'Align', 'Stage', 'Evaluation', 'Config',
+           'merge', 'Reads', 'load_params', 'resolve', 'Paths', 'paths']
 
 # %% ../nbs/00_config.ipynb #359e058b
 class ConfigError(ValueError):
@@ -29,11 +28,17 @@ def find_root(start=None) -> Path:
 # %% ../nbs/00_config.ipynb #946bdc7b
 @dataclass(frozen=True)
 class Part:
-    "One slot: which class (`kind`) and the arguments it is built with."
+    "One slot: which class (`kind`), the arguments it is built with, and published weights that it starts from."
     kind: str
     args: dict = field(default_factory=dict)
+    weights: str = ''                  # encoders and projector: a published checkpoint, folder or file (petvlm.folders), from the project's root
 
 # %% ../nbs/00_config.ipynb #85c0d776
+def digest(obj) -> str:
+    "The first 12 hex digits of the SHA-256 of `obj` (dataclasses and dictionaries alike) as canonical JSON."
+    text = json.dumps(obj, default=lambda o: dataclasses.asdict(o), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 @dataclass(frozen=True)
 class Data:
     "What is read and how it is put on the model grid."
@@ -82,6 +87,7 @@ class Stage:
     lattice: tuple[tuple[int, ...], ...] = ()   # lattices (d, h, w) on which the truth stands, one after the other; () = the model's own
     split: str = 'train'               # rows trained on
     lora: bool = False                 # adapters are added to the language model before this stage
+    accumulate: int = 1                # batches per step of the optimiser; losses that compare within a batch see one batch
     warmup: float = .05
     weight_decay: float = .01
     decay: str = 'cosine'
@@ -192,14 +198,6 @@ OBJECTIVES = {
     'lm': Reads(('encode.full', 'pool', 'project', 'lm'), ('encode.full', 'project', 'lm')),
     'align': Reads(('align',), ()), 'match': Reads(('project',), ('truth',))}
 
-def reads(cfg: Config, stage: Stage) -> Reads:
-    "What `stage` reads, of `OBJECTIVES`; 'full' means every input in use and their fusion. Findings in place of images: the language model and their description alone."
-    if stage.images == 'truth': return Reads(('lm',) if stage.lattice else ('lm', *(f'encode.{i}' for i in cfg.inputs)), ('lm', 'truth'))
-    full = {'encode.full': (*(f'encode.{i}' for i in cfg.inputs), 'fuse')}
-    active = [o.partition('_') for o, w in stage.objective.items() if w]
-    names = lambda which: tuple(sorted({n for kind, _, view in active for slot in getattr(OBJECTIVES[kind], which) for n in full.get(slot.format(view), (slot.format(view),))}))
-    return Reads(names('settings'), names('parts'))
-
 # %% ../nbs/00_config.ipynb #a56cd3c8
 def load_params(path=None) -> dict:
     "`params.yaml` as a dictionary."
@@ -238,74 +236,6 @@ def resolve(point: str, scale: str | None = None, params: dict | None = None) ->
     for bad, key, why in _forbid(cfg):
         if bad: raise ConfigError(f"{point}.{key}: {why}")
     return cfg
-
-# %% ../nbs/00_config.ipynb #2dafa4d5
-def digest(obj) -> str:
-    "The first 12 hex digits of the SHA-256 of `obj` (dataclasses and dictionaries alike) as canonical JSON."
-    text = json.dumps(obj, default=lambda o: dataclasses.asdict(o), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-def _slot(cfg: Config, name: str):
-    "The setting `name` of `cfg`, such as `tau` or `encode.pet`."
-    head, _, rest = name.partition('.')
-    return getattr(cfg, head)[rest] if rest else getattr(cfg, head)
-
-def trains(stage: Stage) -> tuple[str, ...]:
-    "The parts of the model that `stage` trains: its patterns up to the first wildcard."
-    return tuple(p.partition('*')[0].rstrip('.') for p in stage.train if not p.startswith('!'))
-
-def _meet(some, others) -> bool:
-    "Whether a part of `some` is, holds or lies in one of `others`."
-    inside = lambda a, b: a == b or a.startswith(b + '.')
-    return any(inside(a, b) or inside(b, a) for a in some for b in others)
-
-def waits(cfg: Config) -> dict[str, tuple[str, ...]]:
-    "Stage name -> the stages that it stands on, the ones that those already stand on left out."
-    direct, below = {}, {}
-    for name, stage in cfg.stages.items():
-        need = (*reads(cfg, stage).parts, *trains(stage))
-        found = [e for e in direct if _meet(trains(cfg.stages[e]), need)]
-        direct[name] = tuple(e for e in found if not any(e in below[f] for f in found))
-        below[name] = {*found, *(x for e in found for x in below[e])}
-    return direct
-
-def chain(cfg: Config) -> dict[str, str]:
-    "Stage name -> key, in order of training."
-    keys, root, on = {}, digest([cfg.seed, cfg.data, cfg.scale]), waits(cfg)
-    for name, stage in cfg.stages.items():
-        settings = {s: _slot(cfg, s) for s in reads(cfg, stage).settings}
-        keys[name] = digest([root, [keys[e] for e in on[name]], stage, settings, cfg.lora if stage.lora else None])
-    return keys
-
-# %% ../nbs/00_config.ipynb #de40e922
-def plan(params: dict | None = None, scale: str | None = None) -> dict[str, dict]:
-    "The training graph: node -> its point, stage, the nodes it stands on (`after`), system, ablation and data. A node is named by the first point that needs it."
-    params, nodes, seen = params or load_params(), {}, {}
-    for point in params['points']:
-        cfg = resolve(point, scale, params)
-        keys, on = chain(cfg), waits(cfg)
-        for stage, key in keys.items():
-            node = seen.setdefault(key, f'{point}.{stage}')
-            nodes.setdefault(node, dict(point=point, stage=stage, after=[seen[keys[e]] for e in on[stage]], system=cfg.system, ablation=cfg.ablation, data=cfg.data.name))
-    return nodes
-
-def path_to(node: str, nodes: dict[str, dict]) -> list[str]:
-    "Every node that `node` stands on, in an order in which they can be trained, and `node` itself."
-    below = [n for e in nodes[node]['after'] for n in path_to(e, nodes)]
-    return [*dict.fromkeys(below), node]
-
-def last_nodes(point: str, params: dict | None = None, scale: str | None = None) -> list[str]:
-    "The nodes that finish the training of `point`: those that no other of its stages stands on."
-    params, nodes = params or load_params(), plan(params, scale)
-    cfg = resolve(point, scale, params)
-    names = {chain(resolve(n['point'], scale, params))[n['stage']]: name for name, n in nodes.items()}
-    under = {e for on in waits(cfg).values() for e in on}
-    return [names[key] for stage, key in chain(cfg).items() if stage not in under]
-
-def lineage(point: str, params: dict | None = None, scale: str | None = None) -> list[str]:
-    "Every node of `point`, in an order in which they can be trained."
-    params = params or load_params(); nodes = plan(params, scale)
-    return [*dict.fromkeys(n for last in last_nodes(point, params, scale) for n in path_to(last, nodes))]
 
 # %% ../nbs/00_config.ipynb #12285663
 @dataclass(frozen=True)

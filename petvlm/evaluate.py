@@ -11,7 +11,8 @@ from importlib.metadata import version
 from typing import NamedTuple
 from pathlib import Path
 import numpy as np, pandas as pd
-from .config import Config, Paths, chain, digest, last_nodes, lineage, plan, resolve
+from .config import Config, Paths, digest, resolve
+from .graph import chain, last_nodes, lineage, plan
 from .datasets import Rows
 from .facts import judge, judge_choices, judge_retrieval
 from .endpoint import endpoint_writer, served

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 import numpy as np
 from .findings import Finding
-from .metrics import METRICS, MetricError, mean_from_sums, statistics
+from .metrics import METRICS, MetricError, label_of, mean_from_sums, statistics
 from .retrieval import hits
 
 # %% auto #0
@@ -172,14 +172,14 @@ def judge(predictions: Sequence[str], references: Sequence[str], patients: Seque
           predicted: Sequence[Sequence[Finding]] | None = None, truth: Sequence[Sequence[Finding]] | None = None,
           metrics: Sequence[str] = ('bleu4', 'rouge1', 'rougeL', 'bertscore'), tokenizer: str = 'unicode', key: str = 'site',
           n: int = 2000, seed: int = 0, options: dict | None = None, groups: Sequence[str] | None = None) -> dict:
-    """Scores of one arm with 95 % intervals over patients: `{'n', 'n_patients', 'tokenizer', 'metrics': {name: {'value', 'lo', 'hi'}}, 'per_patient': {...}}`, ready for JSON.
+    """Scores of one arm with 95 % intervals over patients: `{'n', 'n_patients', 'tokenizer', 'variants': {metric: its name with the variant}, 'metrics': {name: {'value', 'lo', 'hi'}}, 'per_patient': {...}}`, ready for JSON.
     Findings are scored where `predicted` and `truth` are given. With `groups`, the category of each sample, every metric also comes as `<group>.<metric>`, over the patients that have
     such a sample, and as `mean.<metric>` over all samples. Metrics that are not defined (recall of nothing) are left out. Raises `MetricError`, `FactError`."""
     rows, masks = statistics(predictions, references, metrics, tokenizer, options), _masks(groups, len(predictions))
     if predicted is not None: rows['findings'] = finding_counts(predicted, truth, key)
     names, sums = _by_patient(rows, patients, masks)
     asked = [prefix + m for prefix in masks for m in (*metrics, *(FINDING_METRICS if predicted is not None else ()))]
-    return _verdict(len(predictions), names, sums, asked, n, seed, tokenizer=tokenizer)
+    return _verdict(len(predictions), names, sums, asked, n, seed, tokenizer=tokenizer, variants={m: label_of(m, options) for m in metrics if METRICS[m].variants})
 
 # %% ../nbs/31_facts.ipynb #1721a89d
 def judge_choices(correct: Sequence[bool], patients: Sequence[str], groups: Sequence[str], n: int = 2000, seed: int = 0) -> dict:

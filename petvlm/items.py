@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from .config import Config, ConfigError, Data, Paths, Stage
 from .findings import LANGUAGES, Finding, Study
-from .layouts import _inside, autopet_items, iu_rows, m3d_items, petar_items, repeated_reports, vimed_items
+from .layouts import autopet_items, iu_rows, m3d_items, petar_items, repeated_reports, vimed_items
 from .lesiontext import parse_lesion
-from .lesionviews import _cover
+from .lesionviews import covered
 from .own import SPLITS, Load, listed_items, one_side, own_items, read_listing, split_of
-from .radiograph import VIEWS
-from .radiographs import _gray, _picture, text_topics
+from .radiographs import iu_record, picture_shape
 from .reports import parse
 from .sources import SourceError, phantom_items
 from .volume import resample
@@ -76,7 +75,7 @@ def _petar_rows(load: Callable[[], Study], name: str, data: Data) -> list[tuple[
     study = load(); text = study.reports['lesion']['en'].strip(); said = parse_lesion(text, 'en')
     if not text: raise SourceError(f"{name}: its text is empty")
     on = {k: resample(v, shape=data.shape) for k, v in study.volumes.items()}
-    arrays = {k: _cover(study.volumes[k], on[k]) if k.startswith('mask') else np.clip(v.data, 0, 1).astype(np.float16) for k, v in on.items()}
+    arrays = {k: covered(study.volumes[k], on[k]) if k.startswith('mask') else np.clip(v.data, 0, 1).astype(np.float16) for k, v in on.items()}
     record = dict(patient=name, study=name, region=said.region or 'lesion', kind='lesion', lesion=1, measured={})
     return [(arrays, record | _read_from(text, 'en', [said.finding] if said.finding else []))]
 
@@ -88,12 +87,9 @@ def _m3d_rows(load: Callable[[], Study], name: str, patient: str, data: Data) ->
     return [({'ct': np.clip(ct, 0, 1).astype(np.float16)}, dict(patient=patient, study=name, region='whole', kind='scan', parts={'CT': text}) | _read_from(text, 'en'))]
 
 def _iu_case(root: Path, paths: tuple[str, ...], report: str, name: str, data: Data) -> list[tuple[dict, dict]]:
-    "One case of IU X-Ray: two pictures and a report, as `petvlm.radiographs.iu_records`."
-    if len(paths) != len(VIEWS): raise SourceError(f"{name}: {len(paths)} pictures, expected {len(VIEWS)}; R2Gen's split holds cases with two views only")
-    text = report.strip()
-    if not text: raise SourceError(f"{name}: its report is empty")
-    picture = np.stack([_gray(_inside(root, p), _picture(data)) for p in paths]).astype(np.float16)
-    return [({'xray': picture}, dict(patient=name, study=name, region='chest', kind='radiograph', parts={'content': text, 'topic': ' '.join(text_topics(text))}) | _read_from(text, 'en'))]
+    "One case of IU X-Ray, with the findings that its text states."
+    arrays, record = iu_record(root, paths, report, name, data)
+    return [(arrays, record | {'study': name} | _read_from(record['text'], 'en'))]
 
 # %% ../nbs/08f_items.ipynb #a80198e9
 def _petar(data: Data, path: Path) -> list:
@@ -106,7 +102,7 @@ def _m3d(data: Data, path: Path) -> list:
     return [(s, Load(n := load.args[1]['image'], who(n), functools.partial(_m3d_rows, load, n, who(n), data))) for s, load in m3d_items(path)]
 
 def _iu(data: Data, path: Path) -> list:
-    _picture(data)
+    picture_shape(data)
     return [(s, Load(name, name, functools.partial(_iu_case, path.parent/'images', paths, report, name, data))) for s, name, paths, report in iu_rows(path)]
 
 # %% ../nbs/08f_items.ipynb #11c8c753

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'Item', 'VIMED_REGIONS', 'VIMED_BODY', 'VIMED_CONCLUSION', 'SPLIT_NAMES', 'PETAR_ARRAYS', 'M3DVQA_COLUMNS',
            'vimed_split', 'vimed_reports', 'vimed_items', 'repeated_reports', 'autopet_items', 'autopet_h5_items',
-           'petar_items', 'm3d_items', 'm3dvqa_rows', 'm3dvqa_image', 'iu_rows']
+           'inside_of', 'petar_items', 'm3d_items', 'm3dvqa_rows', 'm3dvqa_image', 'iu_rows']
 
 # %% ../nbs/07b_layouts.ipynb #ff10575b
 Item = tuple[str, Callable[[], Study]]
@@ -161,7 +161,7 @@ def _listing(path: Path, keys: set[str]) -> list[tuple[str, dict]]:
             if missing := sorted(keys - set(entry)): raise SourceError(f"{path}: entry {i} of {s!r} lacks {missing}")
     return [(SPLIT_NAMES[s], entry) for s in splits for entry in found[s]]
 
-def _inside(root: Path, name: str) -> Path:
+def inside_of(root: Path, name: str) -> Path:
     "`root/name`; `SourceError` for a name that leads out of `root`."
     path = root/name
     if not path.resolve().is_relative_to(root.resolve()): raise SourceError(f"{name!r} leads out of {root}: paths of a listing are relative to the data set's folder")
@@ -169,7 +169,7 @@ def _inside(root: Path, name: str) -> Path:
 
 def _either(root: Path, name: str) -> Path:
     "The file `root/name`, or the same with .npy and .nii.gz exchanged: M3D's listings name .npy, Med3DVLM's preparation writes .nii.gz and renames in the CSV files only."
-    path = _inside(root, name)
+    path = inside_of(root, name)
     twin = path.with_name(path.name.removesuffix('.npy') + '.nii.gz') if path.name.endswith('.npy') else path.with_name(path.name.removesuffix('.nii.gz') + '.npy')
     found = next((p for p in (path, twin) if p.exists()), None)
     if found is None: raise SourceError(f"{path}: neither this nor {twin.name} is there, though the listing names it; is {root} the data set's folder?")
@@ -179,7 +179,7 @@ PETAR_ARRAYS = ('pet', 'ct', 'mask', 'pet_focal', 'ct_focal', 'mask_focal')
 
 def _petar_study(root: Path, entry: dict) -> Study:
     def volume(name):
-        x = _array(_inside(root, entry[name]))
+        x = _array(inside_of(root, entry[name]))
         if 'mask' in name: return _bare(x.round().astype(np.uint8), (1, 1, 1), 'label', {'source': 'PETAR'})
         return _bare(x, (1, 1, 1), '1', {'source': 'PETAR', 'unit': 'SUV 0..12 or HU -300..400, scaled to 0..1'})
     volumes = {name: volume(name) for name in PETAR_ARRAYS}
@@ -192,7 +192,7 @@ def petar_items(listing) -> list[Item]:
 
 # %% ../nbs/07b_layouts.ipynb #0a949c1f
 def _m3d_study(root: Path, entry: dict) -> Study:
-    path, text = _either(root, entry['image']), _inside(root, entry['text'])
+    path, text = _either(root, entry['image']), inside_of(root, entry['text'])
     meta = {'source': 'M3D-Cap', 'unit': "scaled to 0..1 by the volume's own extremes"}
     volume = read_nifti(path, '1') if path.name.endswith(('.nii', '.nii.gz')) else _bare(_array(path), (1, 1, 1), '1', meta)
     if not text.exists(): raise SourceError(f"{text}: no such file, though the listing names it")

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'GLOBAL_MM', 'VARIANCE_MM', 'FOCAL_MM', 'FOCAL', 'LEAST_ML', 'ViewError', 'measure_lesion', 'global_grid',
-           'focal_grid', 'view', 'views', 'vanished', 'lesion_records', 'organ_mask', 'organ_records', 'lesion_rows',
-           'ask_record']
+           'focal_grid', 'covered', 'view', 'views', 'vanished', 'lesion_records', 'organ_mask', 'organ_records',
+           'lesion_rows', 'ask_record']
 
 # %% ../nbs/08b_lesionviews.ipynb #fd6dfbac
 class ViewError(PrepareError): "A study that cannot give lesion items: a volume is missing, or the labels do not fit the findings."
@@ -66,7 +66,7 @@ def focal_grid(mask: Volume, data: Data, focal: str = 'cube', rng: np.random.Gen
     return box_grid(mask, *FOCAL[focal](mask, rng, context), data.shape)
 
 # %% ../nbs/08b_lesionviews.ipynb #6c9904f5
-def _cover(mask: Volume, grid: Volume) -> np.ndarray:
+def covered(mask: Volume, grid: Volume) -> np.ndarray:
     "uint8 mask on `grid`, never empty: a mask between the voxel centres of the grid is put at its own centre."
     lo, hi = extent(mask.data)
     near = mask.crop(np.maximum(lo - 1, 0), np.minimum(hi + 1, mask.shape))
@@ -81,7 +81,7 @@ def view(pet: Volume, ct: Volume, mask: Volume, grid: Volume, data: Data) -> dic
     "'pet' (SUVbw/`data.suv_max`, clipped to 0..1), 'ct' (`data.hu_window` to 0..1), both float16, and 'mask' (uint8, never empty) on `grid`, each `data.shape`."
     lo, hi = data.hu_window
     return {'pet': np.clip(resample(pet, like=grid).data/data.suv_max, 0, 1).astype(np.float16),
-            'ct': np.clip((resample(ct, like=grid).data - lo)/(hi - lo), 0, 1).astype(np.float16), 'mask': _cover(mask, grid)}
+            'ct': np.clip((resample(ct, like=grid).data - lo)/(hi - lo), 0, 1).astype(np.float16), 'mask': covered(mask, grid)}
 
 def views(pet: Volume, ct: Volume, mask: Volume, data: Data, focal: str, rng, context: float = 2.5) -> tuple[dict[str, np.ndarray], Volume]:
     "Both views as one dictionary, those from near under `_focal`; and the grid of the one from afar. Raises as `focal_grid` does."

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from .findings import KINDS, LANGUAGES, ORGANS, Finding
+from .findings import LANGUAGES, ORGANS, Finding
 from .wording import SILENT
 
 # %% auto #0

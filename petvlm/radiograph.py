@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 from .findings import ORGANS, Finding
-from .reports import _sentence, impression, rounded
+from .reports import impression, rounded, sentence_of
 from .volume import Volume, VolumeError, body_mask, lung_extent, resample
 from .wording import pick, wording
 
@@ -150,7 +150,7 @@ def radiograph_report(findings: Sequence[Finding], seed, language: str = 'en') -
     busy = {f.organ for f in own}
     free = [said[language] for organs, said in NORMALS if not busy & set(organs)]
     keep = sorted(np.argsort(rng.random(len(free)))[:max(2, 5 - len(own))])
-    plain, said = [pick(rng, free[i]) for i in keep], [_sentence(f, w, language, rng) for f in own]
+    plain, said = [pick(rng, free[i]) for i in keep], [sentence_of(f, w, language, rng) for f in own]
     first = plain[:1] if rng.random() < .5 else []
     body = ' '.join(first + said + plain[len(first):])
     ends = impression(own, language, rng).removeprefix(w.mark).strip() if own else pick(rng, CLEAR[language])

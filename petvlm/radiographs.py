@@ -11,17 +11,17 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from .config import Data, digest
 from .findings import Study
-from .layouts import _inside, iu_rows
+from .layouts import inside_of, iu_rows
 from .prepare import PrepareError
 from .radiograph import VIEWS, NoLungs, chest, place, project, radiograph_report, shown, topics, visible
 from .sources import SourceError
 from .vqa import vqa_single
 
 # %% auto #0
-__all__ = ['ABOUT', 'DENIED', 'radiograph_rows', 'text_topics', 'iu_records']
+__all__ = ['ABOUT', 'DENIED', 'picture_shape', 'radiograph_rows', 'text_topics', 'iu_record', 'iu_records']
 
 # %% ../nbs/08c_radiographs.ipynb #ce3208b8
-def _picture(data: Data) -> tuple[int, int]:
+def picture_shape(data: Data) -> tuple[int, int]:
     "Height and width of a view. Raises `PrepareError` unless `data.shape` is (views, H, W)."
     if len(data.shape) != 3 or data.shape[0] != len(VIEWS): raise PrepareError(f"shape is {tuple(data.shape)}: radiographs are ({len(VIEWS)}, H, W), one row for each of {VIEWS}")
     return tuple(data.shape[1:])
@@ -31,7 +31,7 @@ def radiograph_rows(study: Study, data: Data, split: str = '') -> list[tuple[dic
 
     arrays: {'xray': float16 (2, H, W) in [0, 1]}, frontal and lateral, of `data.shape`. record: patient, region 'chest', text, parts {'content': the findings section, 'topic': the organs with findings}, findings
     (with 'voxel' [[0, row, col], [1, row, col]], pixel centres whole numbers) and kind 'radiograph'. Raises `PrepareError` for a shape that is not (2, H, W), `RadiographError` for a CT that is not in HU."""
-    shape = _picture(data)
+    shape = picture_shape(data)
     if 'ct' not in study.volumes or 'chest' not in study.reports: return []
     try: c = chest(study.volumes['ct'])
     except NoLungs: return []                              # a head, or legs
@@ -65,11 +65,14 @@ def text_topics(text: str) -> list[str]:
     said = [DENIED.split(sentence)[0] for sentence in re.split(r'[.;\n]', text.lower())]
     return [name for name, pattern in ABOUT.items() if any(re.search(pattern, t) for t in said)] or topics(())
 
+def iu_record(root: Path, paths: tuple[str, ...], report: str, name: str, data: Data) -> tuple[dict, dict]:
+    "`(arrays, record)` of one case of IU X-Ray, whose pictures lie under `root`, in the form of `radiograph_rows`; findings are empty, for nobody marked them. Raises `SourceError` for a case without exactly two pictures or without a report, and for a file that is missing or leads out of `root`."
+    if len(paths) != len(VIEWS): raise SourceError(f"{name}: {len(paths)} pictures, expected {len(VIEWS)}; R2Gen's split holds cases with two views only")
+    text = report.strip()
+    if not text: raise SourceError(f"{name}: its report is empty")
+    picture = np.stack([_gray(inside_of(root, p), picture_shape(data)) for p in paths]).astype(np.float16)
+    return {'xray': picture}, dict(patient=name, region='chest', text=text, parts={'content': text, 'topic': ' '.join(text_topics(text))}, findings=[], kind='radiograph')
+
 def iu_records(listing, data: Data) -> Iterator[tuple[str, tuple[dict, dict]]]:
-    "`(split, (arrays, record))` of every case of IU X-Ray in R2Gen's layout (`annotation.json` beside `images/`), one after the other, in the form of `radiograph_rows`; findings are empty, for nobody marked them. Raises `SourceError` for a case without exactly two pictures, or a file that is missing or leads out of the folder."
-    shape, root = _picture(data), Path(listing).parent/'images'
-    for split, name, paths, report in iu_rows(listing):
-        if len(paths) != len(VIEWS): raise SourceError(f"{name}: {len(paths)} pictures, expected {len(VIEWS)}; R2Gen's split holds cases with two views only")
-        text = report.strip()
-        parts = {'content': text, 'topic': ' '.join(text_topics(text))}
-        yield split, ({'xray': np.stack([_gray(_inside(root, p), shape) for p in paths]).astype(np.float16)}, dict(patient=name, region='chest', text=text, parts=parts, findings=[], kind='radiograph'))
+    "`(split, (arrays, record))` of every case of IU X-Ray in R2Gen's layout (`annotation.json` beside `images/`), one after the other; raises as `iu_record`."
+    for split, name, paths, report in iu_rows(listing): yield split, iu_record(Path(listing).parent/'images', paths, report, name, data)

@@ -13,8 +13,8 @@ from .lexicon import LEXICA, SIZE, Lexicon, hide, numbers, read_clause, sites_in
 from .wording import NORMAL, SILENT, ReportError, Wording, finding_name, number, pick, site_name, wording
 
 # %% auto #0
-__all__ = ['NOTHING', 'REQUESTS', 'Report', 'rounded', 'placed', 'capital', 'impression', 'write_report', 'full_report',
-           'passages', 'parse', 'finding_list', 'report_request']
+__all__ = ['NOTHING', 'REQUESTS', 'Report', 'rounded', 'placed', 'capital', 'sentence_of', 'impression', 'write_report',
+           'full_report', 'passages', 'parse', 'finding_list', 'report_request']
 
 # %% ../nbs/05_reports.ipynb #8c3e3c4c
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def capital(text: str) -> str:
     "First letter upper case, the rest as it is."
     return text[:1].upper() + text[1:]
 
-def _sentence(f: Finding, w: Wording, lang: str, rng) -> str:
+def sentence_of(f: Finding, w: Wording, lang: str, rng) -> str:
     "One finding in one sentence."
     noun = _noun(f, w, lang, rng)
     frames = w.frames if _is_node(f) else w.frames + w.by_site
@@ -87,7 +87,7 @@ def _stated(f: Finding) -> bool: return f.size_mm is not None and not (f.uptake 
 
 def _merged(f: Finding, g: Finding, w: Wording, lang: str, rng) -> str:
     "Two findings of one site in one sentence; the site is named once."
-    first, noun = _sentence(f, w, lang, rng)[:-1], _noun(g, w, lang, rng)
+    first, noun = sentence_of(f, w, lang, rng)[:-1], _noun(g, w, lang, rng)
     return f"{first}{w.joint}{noun if lang == 'vi' else _article(noun)}{_size(g, w, lang, rng)}{_state(g, w, lang, rng)}."
 
 def _body(findings: Sequence[Finding], w: Wording, lang: str, rng) -> list[tuple[str, tuple[Finding, ...]]]:
@@ -96,7 +96,7 @@ def _body(findings: Sequence[Finding], w: Wording, lang: str, rng) -> list[tuple
     while rest:
         f = rest.pop(0)
         mate = next((g for g in rest if g.site == f.site and _stated(f) and rng.random() < .5), None)
-        if mate is None: out.append((_sentence(f, w, lang, rng), (f,)))
+        if mate is None: out.append((sentence_of(f, w, lang, rng), (f,)))
         else: rest.remove(mate); out.append((_merged(f, mate, w, lang, rng), (f, mate)))
     return out
 

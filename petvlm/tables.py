@@ -194,7 +194,10 @@ def _tokenizer(metrics: Sequence[str], results: dict) -> str:
     if not any(_kind(m) in SCORES for m in metrics): return ''
     tokenizers = {r.get('tokenizer', 'not stated') for r in results.values()} or {'none: nothing is measured yet'}
     if len(tokenizers) > 1: raise TableError(f'rows scored with different tokenizers {sorted(tokenizers)} cannot stand in one table; evaluate them again with one')
-    return f'Tokenizer of the measured BLEU and ROUGE: {tokenizers.pop()}' + ('; BERTScore: all-MiniLM-L6-v2, 6 layers. ' if any(_kind(m) == 'bertscore' for m in metrics) else '. ')
+    variants = {(m, name) for r in results.values() for m, name in r.get('variants', {}).items() if m in map(_kind, metrics)}
+    if len(variants) > len(dict(variants)): raise TableError(f'rows scored with different variants {sorted(name for _, name in variants)} cannot stand in one table; evaluate them again with one')
+    names = [f'the measured {name}' for _, name in sorted(variants)] + ['BERTScore: all-MiniLM-L6-v2, 6 layers']*any(_kind(m) == 'bertscore' for m in metrics)
+    return '; '.join([f'Tokenizer of the measured BLEU and ROUGE: {tokenizers.pop()}', *names]) + '. '
 
 def _caption(published: pd.DataFrame, results: dict) -> str:
     a = published.attrs

@@ -11,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from .config import Config, Paths, Stage, chain, path_to, reads, resolve
+from .config import Config, Paths, Stage, find_root, resolve
+from .graph import chain, path_to, reads
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node',
            'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
-           'head_lattices', 'collator', 'load_point', 'train_node', 'make_tokenizer', 'curve']
+           'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -56,7 +57,7 @@ class StageTrainer(Trainer):
 def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
     "`TrainingArguments` of one stage; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
     cuda = torch.cuda.is_available()
-    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, learning_rate=stage.lr, weight_decay=stage.weight_decay,
+    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
         lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
         save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
         report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
@@ -98,7 +99,9 @@ def load_delta(model: PetVLM, folder: Path) -> None:
 # %% ../nbs/20_train.ipynb #f8f82b0a
 from transformers import AutoConfig, AutoTokenizer
 from .config import Part
+from .checkpoints import CheckpointError
 from .datasets import FACETS, LABELS, Items, Rows, visible
+from .folders import FolderAudit, load_folder
 from .probe import image_count, probe
 from .processor import PetVLMProcessor
 from .language import add_image_token, load_causal_lm, smollm2, train_tokenizer
@@ -171,17 +174,39 @@ def collator(processor: PetVLMProcessor, stage: Stage, images: tuple[str, ...]):
     return collate
 
 # %% ../nbs/20_train.ipynb #ff924204
+def _named(part: Part) -> dict: return {k: tuple(v) if isinstance(v, list) else v for k, v in part.args.items() if k in ('patch_size', 'stride')}
+
+def fill(model: PetVLM, cfg: Config, root: Path) -> dict[str, FolderAudit]:
+    "Start the encoders and the projector of `model` from the published checkpoints that `cfg` names as their `weights` (paths from `root`). Returns an audit of each. Raises `CheckpointError` for a checkpoint that does not hold the part, or holds another size of it."
+    wanted = {f'encode.{i}': ('encode', cfg.encode[i], model.encode[i], {'encode': {'image_size': cfg.data.shape} | _named(cfg.encode[i])}) for i in cfg.inputs} | {'project': ('project', cfg.project, model.project, {})}
+    audits = {}
+    for name, (slot, part, module, sizes) in wanted.items():
+        if not part.weights: continue
+        path = root/Path(part.weights).expanduser()
+        try: parts, audits[name] = load_folder(path, sizes=sizes)
+        except CheckpointError as e: raise CheckpointError(f"{path}, weights of {name}: {e}") from e
+        if slot not in parts: raise CheckpointError(f"{path}: holds {sorted(parts)}, {name} needs {slot!r}")
+        theirs, module = parts[slot], getattr(module, 'tower', module)               # PETAR's encoder is a tower for two views
+        if isinstance(theirs, torch.nn.Sequential) and hasattr(theirs[-1], 'net'): theirs = theirs[-1]     # M3D's projector comes with its pool, which has no weights
+        new, old = theirs.state_dict(), module.state_dict()
+        wrong = sorted(set(new) ^ set(old)) or [k for k in old if new[k].shape != old[k].shape]
+        if wrong: raise CheckpointError(f"{path}: {name}.{wrong[0]} is {tuple(new[wrong[0]].shape) if wrong[0] in new else 'absent'} there and {tuple(old[wrong[0]].shape) if wrong[0] in old else 'absent'} in params.yaml's {part.kind} ({len(wrong)} such); set its args to the published sizes: {audits[name].parts[slot].sizes}")
+        module.load_state_dict(new)
+    return audits
+
+# %% ../nbs/20_train.ipynb #a47d6f4c
 def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -> tuple[PetVLM, PetVLMProcessor]:
-    "The model of `cfg` after a lineage of (stage, folder), in order, and its processor; adapters are added before the first stage that trains them. A pretrained language model brings its own tokenizer, others use that of `prepared`."
+    "The model of `cfg`, with the published weights that it names, after a lineage of (stage, folder), in order, and its processor; adapters are added before the first stage that trains them. A pretrained language model brings its own tokenizer, others use that of `prepared`."
     lm, tokenizer = pretrained(cfg.lm) or (None, AutoTokenizer.from_pretrained(prepared/'tokenizer'))
     model = build(cfg, tokenizer, lm=lm)
+    fill(model, cfg, find_root())
     for stage, folder in lineage:
         if stage.lora: model.adapt(cfg.lora)
         load_delta(model, folder)
     return model, PetVLMProcessor(tokenizer, model.n_image)
 
 def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
-    "Train one node of the graph (`petvlm.config.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
+    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage, before = cfg.stages[item['stage']], path_to(node, nodes)[:-1]
     prepared = where.prepared(cfg.data)
@@ -189,7 +214,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     if stage.lora: model.adapt(cfg.lora)
     processor.n_image = image_count(stage, model)
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
-    items = Items(split(stage.split), stage.steps*stage.batch, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
+    items = Items(split(stage.split), stage.steps*stage.batch*stage.accumulate, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
                   head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift, truth=bool(stage.objective.get('match')))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint

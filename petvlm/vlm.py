@@ -4,7 +4,7 @@
 
 # %% ../nbs/17_vlm.ipynb #9bc85feb
 from __future__ import annotations
-import contextlib, math
+import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel

@@ -12,7 +12,7 @@ import numpy as np
 from .chat import ChatBackend
 from .findings import KINDS, LESIONS, ORGANS, SITES, Finding
 from .lexicon import LEXICA, Lexicon, sites_in
-from .reports import NOTHING, REQUESTS, Report, capital, finding_list, parse, passages, placed, write_report
+from .reports import REQUESTS, Report, capital, finding_list, parse, passages, placed, write_report
 from .wording import finding_name, number, pick, site_name, wording
 
 # %% auto #0

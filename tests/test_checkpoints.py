@@ -1,15 +1,19 @@
 "Whole checkpoints in the folders that the published code writes: every key is accounted for, and the parts together compute what they compute apart."
-import json, re, subprocess, sys
+import dataclasses, json, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
+from petvlm.config import Part as Slot
+from petvlm.config import resolve
 from petvlm.checkpoints import CheckpointError, load_published, read_state
 from petvlm.folders import FOLDERS, load_folder, recognise
 from petvlm.insertion import insert
 from petvlm.petar import global_and_focal
 from petvlm.published_losses import ctclip_loss, pair_scores
+from petvlm.language import train_tokenizer
 from petvlm.tokens import Tokens
+from petvlm.train import build, fill
 from parity import difference, expected, fixture, tensor, weights
 
 def under(prefix: str, state: dict) -> dict: return {prefix + k: v for k, v in state.items()}
@@ -253,3 +257,28 @@ def test_every_layout_is_loaded_by_a_test():
     text = Path(__file__).read_text(encoding='utf-8')
     asserted = set(re.findall(r"audit\.name == '(\w+)'", text)) | set(re.findall(r"\[1\]\.name\) == \('(\w+)', '(\w+)'\)", text)[0])
     assert asserted == set(FOLDERS)
+
+# ---- as the start of a point
+NANO = Slot('dcformer', {'dims': [32, 32, 64, 128, 256], 'blocks': [1, 1, 1, 1], 'kernels': [13, 11, 9, 7], 'stride': 4, 'taps': 2}, 'published')
+
+def point(name: str = 'med3dvlm', **kw):
+    cfg = resolve(name, 'smoke')
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, shape=(32, 64, 64)), project=Slot('mlp'), **kw)
+    return cfg, build(cfg, train_tokenizer(['no abnormal uptake'], 300))
+
+def test_a_point_starts_from_published_weights(tmp_path):
+    (tmp_path/'published').mkdir(); write(tmp_path/'published', med3dvlm(), MED3DVLM)
+    cfg, model = point(encode={'ct': NANO})
+    audits = fill(model, cfg, tmp_path)
+    assert list(audits) == ['encode.ct'] and audits['encode.ct'].name == 'med3dvlm' and same(model.encode['ct'], load_published('med3dvlm.dcformer', dcformer(), image_size=(32, 64, 64))[0])
+
+@pytest.mark.parametrize('change, message', [({'dims': [32, 32, 64, 128, 192]}, r"set its args to the published sizes: .*256"), ({'position': 'learned'}, r"places\.0 is absent there")], ids=['width', 'positions'])
+def test_weights_of_another_size_are_refused(tmp_path, change, message):
+    (tmp_path/'published').mkdir(); write(tmp_path/'published', med3dvlm(), MED3DVLM)
+    cfg, model = point(encode={'ct': dataclasses.replace(NANO, args=NANO.args | change)})
+    with pytest.raises(CheckpointError, match=message): fill(model, cfg, tmp_path)
+
+def test_a_folder_without_the_part_is_refused(tmp_path):
+    (tmp_path/'published').mkdir(); save_file(under('model.mm_projector.', SPP) | filled({'model.embed_tokens.weight': (120, 64)}), tmp_path/'published/mm_projector.safetensors')
+    cfg, model = point(encode={'ct': NANO})
+    with pytest.raises(CheckpointError, match="weights of encode.ct: part 'encode' is unknown, adapter has"): fill(model, cfg, tmp_path)

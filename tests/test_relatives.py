@@ -3,7 +3,8 @@ import functools
 import numpy as np, pytest, torch
 from petvlm.cli import plan_text
 from petvlm.concat import ConcatFusion
-from petvlm.config import chain, load_params, resolve
+from petvlm.config import load_params, resolve
+from petvlm.graph import chain
 from petvlm.datasets import FACETS, LABELS
 from petvlm.fusion import FusionError
 from petvlm.language import train_tokenizer

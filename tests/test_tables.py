@@ -214,6 +214,10 @@ def test_refusals(written, tmp_path):
     with pytest.raises(TableError, match='no rows'): make_table('vipet_table2', {'radfm': result()})
     with pytest.raises(TableError, match='two results for row'): rows_of([result(), result()], 'report')
     with pytest.raises(TableError, match='different tokenizers'): make_table('vipet_table1', {'vipet': result(), 'no_reg': result('no_reg', tokenizer='13a')})
+    named = lambda variant: {'variants': {'meteor': f'METEOR ({variant})'}}
+    rows = {p: result(p) | named(v) for p, v in (('petar', 'exact+stem'), ('m3d_rad', 'exact+stem+synonyms'))}
+    assert 'the measured METEOR (exact+stem)' in make_table('petar_table1', {'petar': rows['petar']}).attrs['caption']
+    with pytest.raises(TableError, match='different variants'): make_table('petar_table1', rows)
     (tmp_path / 'results.json').write_text('[{"point": "vipet"}]')
     with pytest.raises(TableError, match='results.json'): load_results(tmp_path)
 
