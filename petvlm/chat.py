@@ -8,7 +8,6 @@ import json, logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
-import jsonschema
 from .lexicon import LEXICA
 from .wording import ReportError
 
@@ -33,7 +32,8 @@ def validated(answer: str, schema: Mapping) -> dict:
     if a < 0 or b < a: raise SchemaError(f"expected a JSON object, found {answer[:80]!r}")
     try: found = json.loads(answer[a:b + 1])
     except json.JSONDecodeError as e: raise SchemaError(f"expected JSON, found {answer[a:a + 80]!r}: {e.msg} at {e.pos}") from e
-    wrong = next(jsonschema.Draft202012Validator(schema).iter_errors(found), None)
+    from jsonschema import Draft202012Validator      # 2 s to import: every training notebook imports this module, few replies are checked
+    wrong = next(Draft202012Validator(schema).iter_errors(found), None)
     if wrong: raise SchemaError(f"{wrong.json_path}: {wrong.message[:160]}")
     return found
 
