@@ -16,6 +16,7 @@ from .encoders import CTViT, ViT3D
 from .mixers import DualMixer, DualMLP
 from .petar import PetarTower
 from .projectors import MLPProjector, SpatialPool
+from .r2gen import R2GenConfig, R2GenLM
 from .tokens import Tokens
 
 # %% auto #0
@@ -117,6 +118,13 @@ def _dual_mlp(state: dict, given: dict) -> dict:
     out, low = _get(state, 'low_up_mlp.weight').shape
     return _sized(given) | dict(out_dim=out, low=low, high=_get(state, 'high_up_mlp.weight').shape[1])
 
+# %% ../nbs/18_checkpoints.ipynb #a9ea0927
+def _r2gen(state: dict, given: dict) -> dict:
+    words, dim = _get(state, 'model.tgt_embed.0.lut.weight').shape
+    heads = max(1, dim//64)
+    return _sized(given, num_attention_heads=heads, memory_heads=heads) | dict(vocab_size=words, hidden_size=dim, intermediate_size=len(_get(state, 'model.encoder.layers.0.feed_forward.w_1.weight')),
+        num_hidden_layers=_count(state, r'model\.encoder\.layers\.(\d+)\.'), memory_slots=_get(state, 'model.decoder.layers.0.sublayer.0.norm.mlp_gamma.0.weight').shape[1]//dim)
+
 # %% ../nbs/18_checkpoints.ipynb #b92a247e
 class Run(nn.Module):
     "Tokens on any lattice -> the same tokens in a row `(1, 1, N)`, so that a pool of `(1, 1, n)` averages runs of n."
@@ -137,6 +145,10 @@ def _branch(m: re.Match) -> str:
     "Published branches c1, c2, c3 run along h, w, d; ours along d, h, w."
     return f".axes.{ {'1': 1, '2': 2, '3': 0}[m[1]] }."
 
+def _linears(m: re.Match) -> str:
+    "R2Gen numbers the layers of an attention: queries, keys, values, output."
+    return f".{('q', 'k', 'v', 'out')[int(m[1])]}."
+
 _VIT = ((r'\bcls_token', 'cls'), (r'\bpatch_embedding\.position_embeddings', 'position'), (r'\bpatch_embedding\.patch_embeddings\.1', 'embed'),
         (r'mlp\.linear1', 'mlp.0'), (r'mlp\.linear2', 'mlp.2'), (r'attn\.out_proj', 'attn.out'))
 
@@ -154,6 +166,10 @@ LAYOUTS = {
     'med3dvlm.mixer': Layout(lambda s: DualMixer(**s), _mixer,
         ((r'^(low|high)_mixer', r'\1'), (r'\.ln1\.', '.norm_tokens.'), (r'\.ln2\.', '.norm_channels.'), (r'\.mlp1\.', '.tokens.'), (r'\.mlp2\.', '.channels.'),
          (r'mm_projector\.0', '0'), (r'mm_projector\.1\.1', '2'))),
+    'r2gen.lm': Layout(lambda s: R2GenLM(R2GenConfig(**s)), _r2gen,
+        ((r'^model\.tgt_embed\.0\.lut', 'embed'), (r'^model\.rm\.attn', 'memory.attn'), (r'^model\.rm', 'memory'), (r'^model\.decoder\.', ''), (r'^model\.', ''), (r'\.self_attn', '.attn.0'), (r'\.src_attn', '.attn.1'),
+         (r'\.linears\.(\d)\.', _linears), (r'\.feed_forward\.w_1', '.mlp.0'), (r'\.feed_forward\.w_2', '.mlp.3'), (r'\.sublayer\.(\d)\.norm', r'.norm.\1'), (r'\.mlp_(gamma|beta)', r'.of_\1')),
+        passed_over={r'\.pe$': "sines and cosines of places, computed"}),
     'ctclip.ctvit': Layout(lambda s: CTViT(**s), _ctvit,
         ((r'^to_patch_emb\.(\d)', lambda m: f'stem.{int(m[1]) - 1}'), (r'^spatial_rel_pos_bias\.net\.(\d)(\.0)?\.', r'bias.net.\1.'), (_TRANSFORMER + r'norm_out', r'\1.norm'),
          (_TRANSFORMER + r'layers\.(\d+)\.0\.dsconv', r'\1.layers.\2.peg'), (_TRANSFORMER + r'layers\.(\d+)\.1\.', r'\1.layers.\2.attn.'),

@@ -107,7 +107,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel, tok
 # %% ../nbs/14_language.ipynb #6efd4999
 def lora(lm: PreTrainedModel, r: int = 16, alpha: int = 32, dropout: float = 0., target: str | list[str] = 'all-linear') -> PeftModel:
     "`lm` with LoRA adapters of rank `r` scaled by `alpha / r`, on `target` layers (all linear ones but the output, or names). Only the adapters are trainable."
-    return get_peft_model(lm, LoraConfig(task_type='CAUSAL_LM', r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, bias='none'))
+    return get_peft_model(lm, LoraConfig(task_type='SEQ_2_SEQ_LM' if lm.config.is_encoder_decoder else 'CAUSAL_LM', r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, bias='none'))
 
 # %% ../nbs/14_language.ipynb #28520445
 def _mean(h: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07b_layouts.ipynb #15554c60
 from __future__ import annotations
-import csv, functools, importlib, json, logging, re
+import csv, functools, json, logging, re
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -114,9 +114,8 @@ def autopet_items(folder, split: Callable[[str], str] = lambda patient: 'train')
 _TOWARDS = {'L': (0, 1), 'R': (0, -1), 'P': (1, 1), 'A': (1, -1), 'S': (2, 1), 'I': (2, -1)}      # nibabel's letter -> LPS axis, sign
 
 def _h5(path: Path):
-    "The open file. h5py is no dependency of the project: only this reader needs it."
-    try: h5py = importlib.import_module('h5py')
-    except ImportError as e: raise SourceError(f"{path}: an HDF5 file needs h5py, which is not installed; pip install h5py, or read the NIfTI files with autopet_items") from e
+    "The open file."
+    import h5py                              # only this reader needs it
     if not path.exists(): raise SourceError(f"{path}: no such file; tcia2hdf5.py of lab-midas/autoPET writes it")
     try: return h5py.File(path, 'r')
     except OSError as e: raise SourceError(f"{path}: not an HDF5 file ({e})") from e
@@ -142,7 +141,7 @@ def _h5_study(path: Path, patient: str, name: str, spacing, orientation: str) ->
 def autopet_h5_items(file, spacing, orientation: str = 'LAS', split: Callable[[str], str] = lambda patient: 'train') -> list[Item]:
     """Every study of AutoPET's HDF5 `file`. `spacing`: voxel sizes of its axes (x, y, z) in mm, `orientation`: where they point (nibabel's letters; dicom2nifti, which tcia2nifti.py calls, writes LAS). The file holds neither.
 
-    Raises `SourceError` without h5py, for a file or layout that is another, an impossible spacing or orientation. Source: lab-midas/autoPET, data_conversion/tcia2hdf5.py."""
+    Raises `SourceError` for a file or layout that is another, an impossible spacing or orientation. Source: lab-midas/autoPET, data_conversion/tcia2hdf5.py."""
     path = Path(file); _h5_affine(spacing, orientation)
     with _h5(path) as f: found = [(p, s) for p in sorted(f) if hasattr(f[p], 'keys') for s in sorted(f[p]) if hasattr(f[p][s], 'keys')]
     if not found: raise SourceError(f"{path}: no groups patient/study in it; expected patient/study/{{suv, ctres, ct, pet, seg}}")

@@ -9,7 +9,8 @@ from torch import nn
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector', 'NormProjector', 'EveryStream']
+__all__ = ['ProjectorError', 'NoPool', 'SpatialPool', 'LinearProjector', 'MLPProjector', 'NormProjector', 'ReLUProjector',
+           'EveryStream']
 
 # %% ../nbs/13_projectors.ipynb #d789d93c
 class ProjectorError(ValueError):
@@ -62,6 +63,13 @@ class NormProjector(LinearProjector):
     def forward(self, t: Tokens) -> Tokens:
         y = super().forward(t)
         return y.replace(self.norm(y.x))
+
+# %% ../nbs/13_projectors.ipynb #752ad17f
+class ReLUProjector(LinearProjector):
+    "Tokens (B, N, in_dim) -> Tokens (B, N, out_dim): one linear layer, ReLU and dropout (R2Gen, CT2Rep)."
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = .5):
+        super().__init__(in_dim, out_dim)
+        self.net = nn.Sequential(self.net, nn.ReLU(), nn.Dropout(dropout))
 
 # %% ../nbs/13_projectors.ipynb #26a5cccf
 class EveryStream(nn.Module):

@@ -14,8 +14,9 @@ from .fusion import CrossAttentionFusion, NoFusion
 from .mixers import DualMixer, DualMLP
 from .perceiver import PerceiverProjector
 from .petar import LesionEncoder
-from .projectors import EveryStream, LinearProjector, MLPProjector, NoPool, NormProjector, SpatialPool
+from .projectors import EveryStream, LinearProjector, MLPProjector, NoPool, NormProjector, ReLUProjector, SpatialPool
 from .regions import RegionEncoder
+from .resnet import ResNetEncoder
 from .slices import SliceEncoder
 from .swin import SwinEncoder
 from .vit2d import ViT2D
@@ -40,7 +41,7 @@ def _width(streams) -> int: return streams[-1][1]
 def _counts(streams) -> tuple: return tuple((math.prod(g), dim) for g, dim in streams)
 
 ENCODERS = {'ctvit': CTViT, 'vit3d': ViT3D, 'dcformer': DCFormer, 'petar': LesionEncoder, 'vit2d': ViT2D,
-            'slices': SliceEncoder, 'regions': RegionEncoder, 'swin': SwinEncoder}
+            'slices': SliceEncoder, 'regions': RegionEncoder, 'swin': SwinEncoder, 'resnet': ResNetEncoder}
 FUSIONS = {'none': NoFusion, 'cross_attention': CrossAttentionFusion, 'content_topic': ContentTopic, 'concat': ConcatFusion}
 POOLS = {'none': NoPool, 'spatial': SpatialPool}
 PROJECTORS = {
@@ -49,6 +50,7 @@ PROJECTORS = {
     'dual_mlp': lambda streams, out_dim, **kw: DualMLP(out_dim, *(dim for _, dim in streams), **kw),
     'mixer': lambda streams, out_dim, **kw: DualMixer(out_dim, *_counts(streams), **kw),
     'norm_linear': lambda streams, out_dim, **kw: NormProjector(_width(streams), out_dim, **kw),
+    'relu_linear': lambda streams, out_dim, **kw: ReLUProjector(_width(streams), out_dim, **kw),
     'streams': lambda streams, out_dim, **kw: EveryStream(_width(streams), out_dim, **kw),
     'perceiver': lambda streams, out_dim, **kw: PerceiverProjector(_width(streams), out_dim, **kw)}
 SLOTS = {'encode': ENCODERS, 'fuse': FUSIONS, 'pool': POOLS, 'project': PROJECTORS}

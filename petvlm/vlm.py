@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_masks, supervised_queries
 from .datasets import VIEWS
@@ -15,13 +15,14 @@ from .content_topic import pooled
 from .contrast import content_topic_loss, embed_text
 from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
-from .losses import clip_loss, lm_loss
+from .losses import IGNORED, clip_loss, lm_loss
+from .r2gen import R2GenConfig                # makes the type 'r2gen' known to transformers
 from .siglip import siglip_loss
 from .slots import build, lattices, reads, streams
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['LOSSES', 'VLMError', 'PetVLMConfig', 'PetVLM']
+__all__ = ['LOSSES', 'VLMError', 'PetVLMConfig', 'PetVLM', 'apart']
 
 # %% ../nbs/17_vlm.ipynb #53774db4
 class VLMError(ValueError):
@@ -44,6 +45,11 @@ class PetVLMConfig(PretrainedConfig):
         super().__init__(**kw)
 
 # %% ../nbs/17_vlm.ipynb #6488aa6e
+def _fresh(config) -> PreTrainedModel:
+    "A language model of this configuration, freshly initialised. The attention of an encoder-decoder is its own: no mass of it is recorded."
+    if config.is_encoder_decoder: return AutoModelForSeq2SeqLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation='petvlm_mass')
+
 class PetVLM(PreTrainedModel, GenerationMixin):
     """A vision-language model over named inputs. `forward` takes one tensor `(B, 1, D, H, W)` per image and text with image placeholders. `lm`: a language model with its weights, of the configuration `config.lm`; a fresh one by default.
 
@@ -60,8 +66,8 @@ class PetVLM(PreTrainedModel, GenerationMixin):
         self.fuse = build('fuse', dim=dim, n_tokens=math.prod(grid), **args(c.fuse))
         self.pool = build('pool', **args(c.pool))
         seen = lattices([g for g, _ in first], self.fuse, self.pool)
-        if lm is None: lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**c.lm), attn_implementation='petvlm_mass')
-        else: lm.set_attn_implementation('petvlm_mass')
+        if lm is None: lm = _fresh(AutoConfig.for_model(**c.lm))
+        elif not lm.config.is_encoder_decoder: lm.set_attn_implementation('petvlm_mass')
         width = lm.config.hidden_size
         self.project = build('project', streams=[(g, d) for g, (_, d) in zip(seen, first)], out_dim=width, **args(c.project))
         self.lattices = lattices(seen, self.project)
@@ -153,16 +159,35 @@ def embed(self: PetVLM, input_ids: Tensor, images: Tokens) -> Tensor:
     return x.masked_scatter(slots[..., None], images.x.to(x.dtype))
 
 # %% ../nbs/17_vlm.ipynb #907949a1
+def apart(attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    "Prompts and answers of a batch of dialogues (B, S): the mask of the prompts (B, S), and the labels of the answers alone (B, T), -100 after their ends. Raises `VLMError` for a dialogue of more than one turn: an encoder reads once."
+    answer = labels != IGNORED
+    before = answer.cumsum(1) == 0
+    if bool((attention_mask.bool() & ~answer & ~before).any()): raise VLMError("found a dialogue of several turns; an encoder-decoder takes one question and one answer: leave 'multi' out of the stage's tasks")
+    first = answer.int().argsort(dim=1, descending=True, stable=True)[:, :int(answer.sum(1).max())]
+    return attention_mask*before, labels.gather(1, first)
+
+@patch
+def _logits(self: PetVLM, embeds: Tensor, attention_mask: Tensor, labels: Tensor | None, **kw) -> tuple[Tensor, Tensor | None]:
+    "Logits over the vocabulary, and the labels that belong to them: position s predicts label s + 1. `(B, S, V)`; of an encoder-decoder `(B, T + 1, V)`, of the answers alone."
+    c = self.lm.config
+    if not c.is_encoder_decoder: return self.lm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kw).logits, labels
+    if labels is None: raise VLMError("an encoder-decoder needs labels, which say where the answer begins; to have one written, call generate")
+    prompt, answer = apart(attention_mask, labels)
+    start = answer.new_full((len(answer), 1), c.decoder_start_token_id)
+    written = torch.cat([start, answer.masked_fill(answer == IGNORED, c.pad_token_id)], 1)
+    return self.lm(inputs_embeds=embeds, attention_mask=prompt, decoder_input_ids=written, use_cache=False).logits, torch.cat([torch.full_like(start, IGNORED), answer], 1)
+
 @patch
 def forward(self: PetVLM, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, truth: Tensor | None = None,
             objective: dict | None = None, **images):
-    """Logits `(B, S, V)`, and the token-normalised loss when `labels` are given. `images`: one `(B, 1, D, H, W)` per input.
+    """Logits `(B, S, V)`, and the token-normalised loss when `labels` are given. `images`: one `(B, 1, D, H, W)` per input. An encoder-decoder needs labels, and gives logits of the answers.
 
     With an `objective` (loss name -> weight) the named losses instead: training goes through `forward`, so that DDP and FSDP see it."""
     if objective: return self.losses(dict(images, input_ids=input_ids, attention_mask=attention_mask, labels=labels, truth=truth), objective)
     embeds = self.embed(input_ids, self.image_tokens(images, truth))
-    logits = self.lm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
-    loss = None if labels is None else lm_loss(logits, labels)
+    logits, beside = self._logits(embeds, attention_mask, labels)
+    loss = None if labels is None else lm_loss(logits, beside)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 @patch
@@ -170,7 +195,8 @@ def forward(self: PetVLM, input_ids: Tensor | None = None, attention_mask: Tenso
 def generate(self: PetVLM, input_ids: Tensor, attention_mask: Tensor | None = None, truth: Tensor | None = None, images: dict | None = None, **kw) -> Tensor:
     "New token ids `(B, T)` after left-padded prompts `input_ids` (B, S)."
     embeds = self.embed(input_ids, self.image_tokens(images or {}, truth))
-    return self.lm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kw)
+    ids = self.lm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kw)
+    return ids[:, 1:] if self.lm.config.is_encoder_decoder else ids                # without the token that starts a decoder
 
 # %% ../nbs/17_vlm.ipynb #847aebe8
 def _pair(m: PetVLM, b: dict, state: dict, view: str) -> tuple[Tensor, Tensor]:
@@ -218,8 +244,9 @@ def regions(self: PetVLM, suv: Tensor) -> Tensor:
 def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, Tensor]:
     "The language model's loss, and the alignment loss when it weighs something."
     embeds, labels = self.embed(b['input_ids'], visual), b['labels']
-    run = lambda **kw: lm_loss(self.lm(inputs_embeds=embeds, attention_mask=b['attention_mask'], use_cache=False, **kw).logits, labels)
+    run = lambda **kw: lm_loss(*self._logits(embeds, b['attention_mask'], labels, **kw))
     if not objective.get('align'): return {'lm': run()}
+    if self.lm.config.is_encoder_decoder: raise VLMError("the alignment loss reads the attention of a decoder alone; leave `align` out of the objective of an encoder-decoder")
     slots = b['input_ids'] == self.config.image_token_id
     with attention_mass(self.regions(b['suv']), slots, supervised_queries(labels)) as mass: lm = run(attention_mass=mass)
     inside, image = mass.masses()

@@ -223,3 +223,16 @@ def test_every_fixture_is_named_by_a_test():
     names = {p.stem for p in HERE.glob('*.json')}
     loose = {n for n in names if n not in text and n.rsplit('_', 1)[0] not in ('dcformer',)}              # dcformer_nano and _small are named by their size
     assert not loose, f'fixtures that no test reads: {sorted(loose)}'
+
+# ---- R2Gen's encoder-decoder
+@torch.no_grad()
+def test_r2gen_equals_the_published_formulas():
+    meta = fixture('r2gen_reduced')
+    lm, audit = load_published('r2gen.lm', weights(meta), num_attention_heads=4, memory_heads=4)
+    assert audit.sizes == {'num_attention_heads': 4, 'memory_heads': 4, 'vocab_size': 40, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'memory_slots': 3} and not audit.kept
+    spec, mask = meta['input']['words'], torch.ones(2, 6, dtype=torch.long)
+    for place in meta['input']['masked']: mask[tuple(place)] = 0
+    words = torch.from_numpy(np.random.Generator(np.random.PCG64(spec['seed'])).integers(0, spec['high'], spec['shape']))
+    out = lm(inputs_embeds=tensor(meta['input']['src']), attention_mask=mask, decoder_input_ids=words).logits
+    assert difference('r2gen_reduced', 'logits', out).max() < 1e-5 and difference('r2gen_reduced', 'memory', lm.memory(lm.words(words))).max() < 1e-5
+    with pytest.raises(CheckpointError, match='mlp_gamma|of_gamma'): load_published('r2gen.lm', {k: v for k, v in weights(meta).items() if 'layers.1.sublayer.2.norm.mlp_gamma' not in k}, num_attention_heads=4, memory_heads=4)

@@ -11,15 +11,17 @@ from petvlm.language import train_tokenizer
 from petvlm.perceiver import PerceiverProjector
 from petvlm.probe import image_count
 from petvlm.processor import PetVLMProcessor
-from petvlm.projectors import EveryStream, NormProjector, ProjectorError
+from petvlm.projectors import EveryStream, NormProjector, ProjectorError, ReLUProjector
+from petvlm.r2gen import R2GenConfig, R2GenLM
 from petvlm.regions import RegionEncoder
+from petvlm.resnet import ResNetEncoder
 from petvlm.slices import SliceEncoder
 from petvlm.slots import build as part, lattices, reads, streams
 from petvlm.stem import EncoderError
 from petvlm.swin import SwinEncoder
 from petvlm.tokens import Tokens
 from petvlm.train import build, collator, head_lattices, images_read, set_trainable
-from petvlm.vlm import PetVLM
+from petvlm.vlm import PetVLM, VLMError, apart
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
@@ -41,8 +43,8 @@ def test_a_perceiver_gives_its_latents_whatever_comes_in():
     with pytest.raises(ProjectorError, match='made for 16'): project(Tokens(torch.randn(2, 6, 8), (1, 2, 3)))
 
 def test_published_counts():
-    with torch.device('meta'): found = {m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in (NormProjector(1024, 4096), SwinEncoder(channels=3), PerceiverProjector(768, 5120))}
-    assert found == {'NormProjector': 4_206_592, 'SwinEncoder': 86_743_224, 'PerceiverProjector': 41_739_776}
+    with torch.device('meta'): found = {m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in (NormProjector(1024, 4096), SwinEncoder(channels=3), PerceiverProjector(768, 5120), ResNetEncoder(channels=3), R2GenLM(R2GenConfig(vocab_size=761)))}
+    assert found == {'NormProjector': 4_206_592, 'SwinEncoder': 86_743_224, 'PerceiverProjector': 41_739_776, 'ResNetEncoder': 44_549_160 - 2_049_000, 'R2GenLM': 34_924_281}
 
 def test_slices_between_those_read_are_not_seen():
     enc, x = SliceEncoder((12, 16, 24), 3, patch_size=8, dim=32, depth=1, heads=4, mlp_dim=64), torch.rand(2, 1, 12, 16, 24, requires_grad=True)
@@ -70,6 +72,15 @@ def test_swin_averages_its_views():
     each = [enc(x[:, :, [i, i]]).x for i in (0, 1)]
     assert torch.allclose(enc(x).x, (each[0] + each[1])/2, atol=1e-5)
     with pytest.raises(EncoderError, match='one of each'): SwinEncoder((2, 32, 32), depths=(1, 1), num_heads=(2,))
+
+def test_resnet_keeps_the_tokens_of_every_view():
+    enc, x = ResNetEncoder((2, 32, 32), embedding_size=8, hidden_sizes=(16, 24), depths=(1, 1), layer_type='basic'), torch.rand(3, 1, 2, 32, 32)
+    assert not learns(enc, x) and streams(enc) == (((2, 4, 4), 24),)
+    lateral = x.clone(); lateral[:, :, 1] = 1 - lateral[:, :, 1]
+    with torch.no_grad(): a, b = enc.eval()(x).x, enc(lateral).x
+    assert torch.allclose(a[:, :16], b[:, :16], atol=1e-6) and not torch.allclose(a[:, 16:], b[:, 16:], atol=1e-3)
+    y = ReLUProjector(24, 8, dropout=0.)(Tokens(a, enc.grid))
+    assert y.grid == enc.grid and y.x.shape == (3, 32, 8) and y.x.min() == 0 < y.x.max()
 
 def test_concatenation_keeps_both_lattices_and_mixes_nothing():
     pet, ct = (Tokens(torch.randn(2, 48, 16), (2, 4, 6)) for _ in range(2))
@@ -144,6 +155,48 @@ def test_swin_survives_saving(tmp_path):
     model.save_pretrained(tmp_path)
     again, x = PetVLM.from_pretrained(tmp_path).eval(), {'xray': torch.rand(1, 1, *cfg.data.shape)}
     with torch.no_grad(): assert torch.equal(model.image_tokens(x).x, again.image_tokens(x).x)
+
+# ---------------------------------------------------------------- a language model that is an encoder and a decoder
+
+def spoken(model, *dialogues):
+    batch = PetVLMProcessor(tokenizer(), model.n_image)([list(d) for d in dialogues])
+    return batch, {k: torch.rand(len(dialogues), 1, *resolve('r2gen', 'phantom', PARAMS).data.shape) for k in model.reads}
+
+def test_prompts_and_answers_apart():
+    labels = torch.tensor([[-100, -100, 7, 8, -100], [-100, -100, -100, 5, -100]])
+    mask, answer = apart(torch.tensor([[1, 1, 1, 1, 0]]*2), labels)
+    assert mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]] and answer.tolist() == [[7, 8], [5, -100]]
+    with pytest.raises(VLMError, match='several turns'): apart(torch.ones(1, 5, dtype=torch.long), torch.tensor([[-100, 7, -100, 7, -100]]))
+
+def test_r2gen_learns_the_answers_and_nothing_else():
+    model = build(resolve('r2gen', 'phantom', PARAMS), tokenizer()).eval()
+    batch, images = spoken(model, [('What?', 'Left lung nodule.')], [('What is there?', 'Lung.')])
+    with torch.no_grad(): out = model(**batch, **images)
+    answers = [l[l != -100] for l in batch['labels']]
+    assert out.logits.shape[:2] == (2, max(map(len, answers)) + 1)
+    each = torch.cat([out.logits[i, :len(a)].log_softmax(-1).gather(1, a[:, None])[:, 0] for i, a in enumerate(answers)])       # position t writes word t
+    assert torch.allclose(out.loss, -each.mean(), atol=1e-5)
+    alone, its = spoken(model, [('What is there?', 'Lung.')])                               # neither padding nor the neighbour matters
+    with torch.no_grad(): single = model(**alone, **{k: v[1:] for k, v in images.items()}).logits
+    assert torch.allclose(single[0, :len(answers[1])], out.logits[1, :len(answers[1])], atol=1e-4)
+
+def test_r2gen_writes_what_it_was_taught_and_survives_saving(tmp_path):
+    model = build(resolve('r2gen', 'phantom', PARAMS), tokenizer())
+    batch, images = spoken(model, [('What?', 'Left lung nodule.')], [('What?', 'Nốt ở phổi trái.')])
+    opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60): opt.zero_grad(); model.train()(**batch, **images).loss.backward(); opt.step()
+    model.save_pretrained(tmp_path); again = PetVLM.from_pretrained(tmp_path).eval()
+    processor = PetVLMProcessor(tokenizer(), model.n_image)
+    write = lambda m: processor.decode(m.generate(**processor.prompts(['What?']*2), images=images, max_new_tokens=30, do_sample=False, eos_token_id=tokenizer().eos_token_id, pad_token_id=tokenizer().pad_token_id))
+    assert write(model.eval()) == write(again) == ['Left lung nodule.', 'Nốt ở phổi trái.']
+
+def test_what_an_encoder_decoder_cannot_do_is_said():
+    model = build(resolve('r2gen', 'phantom', PARAMS), tokenizer())
+    batch, images = spoken(model, [('What?', 'Lung.')])
+    with pytest.raises(VLMError, match='needs labels'): model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], **images)
+    with pytest.raises(VLMError, match='decoder alone'): model(objective={'lm': 1., 'align': .1}, **batch, **images, suv=torch.rand(1, 1, 2, 64, 64))
+    many, _ = spoken(model, [('What?', 'Lung.'), ('Where?', 'Left.')])
+    with pytest.raises(VLMError, match='several turns'): model(**many, **images)
 
 def test_rows_with_other_points_are_other_configurations():
     same = lambda a, b: chain(resolve(a, 'phantom', PARAMS)) == chain(resolve(b, 'phantom', PARAMS))
