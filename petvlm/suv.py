@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass, asdict, replace as _replace
 import numpy as np
 from pydicom import Dataset
-from .bodysize import NORMS, TAGS, body, body_size, cautions, norm_of
-from .nuclides import half_life, nuclide_of
-from .petclock import decay_mode, decay_seconds
+from .bodysize import NORMS, TAGS, WEIGHT_KG, body, body_size, cautions, norm_of
+from .nuclides import HALF_LIFE_S, half_life, nuclide_of
+from .petclock import MAX_HALF_LIVES, decay_mode, decay_seconds, mean_rate_s
 from .petheaders import DicomError, SUVError, number, private, refuse, several, single, tag_name, tracers
 
 # %% auto #0
@@ -93,8 +93,9 @@ def _made(headers, given: dict, units: str, expected: tuple[str, ...], default: 
     kind = next((k for k, n in NORMS.items() if n.dicom == term), None)
     if term not in expected or kind is None: refuse('SUVType', f"is {term} with Units (0054,1001) {units}, expected one of {', '.join(expected)}", "export the series in BQML")
     _contradicted(headers, given, f"Units (0054,1001) {units}")
-    told = '' if single(headers, 'SUVType') else ', SUVType absent'
-    return SUVProvenance((1.,)*len(headers), units, f"{units} holds {NORMS[kind].unit} ({NORMS[kind].formula}){told}", stored=kind, tags=(tag_name('SUVType'),)*(not told))
+    absent = single(headers, 'SUVType') is None
+    return SUVProvenance((1.,)*len(headers), units, f"Units (0054,1001) {units} with SUVType (0054,1006) {'absent' if absent else term}: values are {NORMS[kind].unit}, {NORMS[kind].formula}",
+                         stored=kind, tags=(tag_name('SUVType'),)*(not absent))
 
 def _from_gml(headers, given: dict) -> SUVProvenance: return _made(headers, given, 'GML', tuple(n.dicom for k, n in NORMS.items() if k != 'bsa'), 'BW')
 def _from_cm2ml(headers, given: dict) -> SUVProvenance: return _made(headers, given, 'CM2ML', ('BSA',), 'BSA')
@@ -161,8 +162,10 @@ def _sized(found: SUVProvenance, headers, given: dict, suv_type: str) -> SUVProv
     "`found` turned into SUV of `suv_type`."
     if found.stored == suv_type: return _replace(found, suv_type=suv_type, formula=NORMS[suv_type].formula)
     kinds = [suv_type] + [found.stored]*(found.stored is not None)
-    person = body(headers, given, kinds)
-    size = body_size(suv_type, **person); before = body_size(found.stored, **person) if found.stored else 1.
+    try: person = body(headers, given, kinds); size, before = body_size(suv_type, **person), body_size(found.stored, **person) if found.stored else 1.
+    except SUVError as e:
+        if not found.stored: raise
+        raise SUVError(f"{e} It is needed to make {NORMS[suv_type].unit} of what is stored ({found.rule}).") from e
     notes = [c for k in kinds for c in cautions(k, **person)] + [f"converted from SUV by {NORMS[k].formula}" for k in kinds[1:]]
     tags = [tag_name(TAGS[k]) for k, v in person.items() if v is not None and given.get(k) is None]
     return _replace(found, factor=tuple((np.array(found.factor)*size/before).tolist()), suv_type=suv_type, formula=NORMS[suv_type].formula, size=size,
