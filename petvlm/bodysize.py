@@ -9,8 +9,9 @@ from typing import Callable
 from .petheaders import SUVError, number, refuse, single
 
 # %% auto #0
-__all__ = ['MEN', 'NORMS', 'WEIGHT_KG', 'HEIGHT_M', 'BMI', 'TAGS', 'lean_mass_james', 'lean_mass_janmahasatian', 'ideal_weight',
-           'body_surface', 'Norm', 'norm_of', 'weight', 'height', 'sex', 'body', 'body_size', 'cautions']
+__all__ = ['MEN', 'NORMS', 'WEIGHT_KG', 'HEIGHT_M', 'BMI', 'TAGS', 'READERS', 'lean_mass_james', 'lean_mass_janmahasatian',
+           'ideal_weight', 'body_surface', 'Norm', 'norm_of', 'weight', 'height', 'sex', 'body', 'body_size',
+           'cautions']
 
 # %% ../nbs/01b_bodysize.ipynb #9c1a7949
 MEN = {'M': True, 'F': False}
@@ -95,10 +96,12 @@ def sex(headers, given: dict) -> str:
     return found
 
 # %% ../nbs/01b_bodysize.ipynb #ce6e7dea
+READERS = {'weight_kg': weight, 'height_m': height, 'sex': sex}
+
 def body(headers, given: dict, kinds) -> dict:
     "Of weight_kg, height_m and sex what the `kinds` (keys of `NORMS`) need, read and checked; None for the others. Raises `SUVError` naming tag and remedy."
     needs = {n for k in kinds for n in norm_of(k).needs}
-    found = {key: read(headers, given) if key in needs else None for key, read in (('weight_kg', weight), ('height_m', height), ('sex', sex))}
+    found = {key: read(headers, given) if key in needs else None for key, read in READERS.items()}
     w, h = found['weight_kg'], found['height_m']
     if w and h and not BMI[0] <= w/h**2 <= BMI[1]:
         refuse('PatientSize', f"is {h:g} m with {w:g} kg, a body mass index of {w/h**2:.0f}, expected {BMI[0]:g}..{BMI[1]:g}", "pass the right one of height_m= and weight_kg=")

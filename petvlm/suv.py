@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, asdict, replace as _replace
 import numpy as np
 from pydicom import Dataset
-from .bodysize import NORMS, TAGS, WEIGHT_KG, body, body_size, cautions, norm_of
+from .bodysize import NORMS, READERS, TAGS, WEIGHT_KG, body, body_size, cautions, norm_of
 from .nuclides import HALF_LIFE_S, half_life, nuclide_of
 from .petclock import MAX_HALF_LIVES, decay_mode, decay_seconds, mean_rate_s
 from .petheaders import DicomError, SUVError, number, private, refuse, several, single, tag_name, tracers
@@ -81,11 +81,12 @@ def _contradicted(headers, given: dict, what: str) -> None:
     "Refuse overrides that an SUV made by the scanner cannot take in any more."
     late = [k for k in _CLOCKS if given.get(k) is not None]
     if late: raise SUVError(f"{', '.join(late)} given, but {what} holds SUV that the scanner has made; its dose and clocks cannot be changed any more. Remedy: leave them out, or read the series in BQML.")
-    for key, tag in TAGS.items():
-        has, told = single(headers, tag), given.get(key)
-        if has is None or told is None: continue
-        same = str(has).upper() == str(told).upper() if key == 'sex' else abs(float(has) - float(told)) <= .01*abs(float(told))
-        if not same: refuse(tag, f"is {has}, with which the scanner made the SUV, but {key}={told} was given", f"leave {key}= out, or read the series in BQML")
+    for key in set(READERS) & {k for k, v in given.items() if v is not None}:
+        try: has = READERS[key](headers, {})
+        except SUVError: continue                          # the header has none that could be believed: then the override is the remedy
+        told = READERS[key](headers, given)
+        if has != told if key == 'sex' else abs(has - told) > .01*told:
+            refuse(TAGS[key], f"is {has}, with which the scanner made the SUV, but {key}={told} was given", f"leave {key}= out, or read the series in BQML")
 
 def _made(headers, given: dict, units: str, expected: tuple[str, ...], default: str) -> SUVProvenance:
     "SUV that the scanner made, of a kind in `expected` (DICOM's terms)."
