@@ -176,7 +176,7 @@ def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
 # %% ../nbs/03_dicom.ipynb #7fdf0567
 def _read_pt(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
     found = suv_factor([series.headers[i] for i in order], **given)
-    return _values(series, order, found.factor), 'SUVbw', {'suv': found.to_dict()}
+    return _values(series, order, found.factor), found.unit, {'suv': found.to_dict()}
 
 def _read_ct(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
     if given: raise DicomError(f"{sorted(given)} are overrides for PET; this series is a CT")
@@ -197,11 +197,11 @@ def _only_image(folder) -> SeriesInfo:
 
 # %% ../nbs/03_dicom.ipynb #56bb3c5d
 def read_series(source, suv_type: str = 'bw', **overrides) -> Volume:
-    """A canonical `Volume` (D, H, W) of one series: PT in SUVbw, CT in HU, affine from the headers, provenance in `meta` (no patient identifier).
+    """A canonical `Volume` (D, H, W) of one series: PT in SUV, CT in HU, affine from the headers, provenance in `meta` (no patient identifier).
 
-    `source`: a folder with one PT or CT series, or a `SeriesInfo`. `overrides` of PET headers: weight_kg, dose_bq, half_life_s, injection_time,
-    reference_time, decay_correction, uncorrected (see `suv_factor`). Raises `SUVError` (tag and remedy), `GeometryError` (file and position), `DicomError`."""
-    if suv_type != 'bw': raise DicomError(f"suv_type is {suv_type!r}, only 'bw' (body weight) is read")
+    `source`: a folder with one PT or CT series, or a `SeriesInfo`. `suv_type` of PT: 'bw' (unit 'SUVbw'), 'lbm_james120', 'lbm_james128', 'lbm_janmahasatian' (all 'SUVlbm', the formula in `meta['suv']`),
+    'ibw' ('SUVibw') or 'bsa' ('SUVbsa'). `overrides` of PET headers: weight_kg, height_m, sex, dose_bq, half_life_s, injection_time, reference_time, decay_correction, philips, uncorrected (see `suv_factor`). Raises `SUVError` (tag and remedy), `GeometryError` (file and position), `DicomError`."""
+    if suv_type != 'bw': overrides['suv_type'] = suv_type
     series = source if isinstance(source, SeriesInfo) else _only_image(source)
     if series.modality not in _READERS: raise DicomError(f"series '{series.description}' is {series.modality}, expected PT or CT")
     affine, order, dropped = _placed(series)

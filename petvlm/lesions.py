@@ -4,23 +4,27 @@
 
 # %% ../nbs/04_lesions.ipynb #ad9af6d6
 from __future__ import annotations
+import logging
 from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import ndimage as ndi
 from .volume import Volume, resample
 
 # %% auto #0
-__all__ = ['METHODS', 'MARGIN_MM', 'SUV_TOLERANCE', 'LEAST_SUV', 'LesionError', 'Lesion', 'sphere_kernel', 'longest_extent',
-           'measure', 'segment', 'candidates', 'find_reported', 'Growth', 'iterative_threshold', 'label_reported']
+__all__ = ['log', 'SUV_UNITS', 'REFERENCES', 'METHODS', 'MARGIN_MM', 'SUV_TOLERANCE', 'LEAST_SUV', 'LesionError', 'Lesion',
+           'sphere_kernel', 'longest_extent', 'measure', 'Reference', 'percist_reference', 'liver_center', 'segment',
+           'candidates', 'by_organ', 'find_reported', 'Growth', 'iterative_threshold', 'label_reported']
 
 # %% ../nbs/04_lesions.ipynb #cba9f9ee
+log = logging.getLogger(__name__)
+
 class LesionError(ValueError): "A segmentation that cannot be made as asked; the message says what was found and expected."
 
 @dataclass(frozen=True)
 class Lesion:
     "One focus of uptake; places in LPS mm."
     label: int                               # its value in the label volume of `segment`
-    suvmax: float                            # g/ml
+    suvmax: float                            # in `unit`
     suvpeak: float                           # highest mean over a 1 ml sphere centred in the focus (PERCIST)
     suvmean: float
     mtv_ml: float                            # metabolic tumour volume
@@ -28,6 +32,7 @@ class Lesion:
     center_mm: tuple[float, float, float]    # centroid
     longest_mm: float                        # longest extent in 3-D, outer edge to outer edge
     peak: tuple[int, int, int]               # index (d, h, w) of the hottest voxel
+    unit: str = 'SUVbw'                      # which SUV was measured
 
     def to_dict(self) -> dict: return asdict(self)
 
@@ -55,8 +60,11 @@ def longest_extent(points, spacing) -> float:
     return float((np.ptp(reach, axis=0) + np.linalg.norm(u*spacing, axis=1)).max())
 
 # %% ../nbs/04_lesions.ipynb #1fc337db
-def _suv(pet: Volume) -> np.ndarray:
-    if pet.unit != 'SUVbw': raise LesionError(f"needs PET in SUVbw, found {pet.unit}; read it with petvlm.dicom.read_series")
+SUV_UNITS = ('SUVbw', 'SUVlbm', 'SUVibw', 'SUVbsa')
+
+def _suv(pet: Volume, unit: str = 'SUVbw') -> np.ndarray:
+    if unit not in SUV_UNITS: raise LesionError(f"unit is {unit!r}, expected one of {SUV_UNITS}")
+    if pet.unit != unit: raise LesionError(f"needs PET in {unit}, found {pet.unit}; read it with petvlm.dicom.read_series and its suv_type" + (f", or pass unit={pet.unit!r}" if pet.unit in SUV_UNITS else ''))
     return pet.data
 
 def _peak(suv, inside, box, kernel) -> float:
@@ -68,11 +76,11 @@ def _peak(suv, inside, box, kernel) -> float:
     return float(mean[back][inside].max())
 
 # %% ../nbs/04_lesions.ipynb #94b996fe
-def measure(pet: Volume, labels: Volume) -> list[Lesion]:
-    """Every label of `labels` (D, H, W; 0 = background) measured on `pet` (SUVbw, same grid), hottest first.
+def measure(pet: Volume, labels: Volume, unit: str = 'SUVbw') -> list[Lesion]:
+    """Every label of `labels` (D, H, W; 0 = background) measured on `pet` (in `unit`, same grid), hottest first.
 
     Raises `LesionError` for another unit or grid."""
-    suv, lab = _suv(pet), labels.data
+    suv, lab = _suv(pet, unit), labels.data
     if lab.shape != suv.shape or not np.allclose(labels.affine, pet.affine, atol=1e-3): raise LesionError(f"labels lie on grid {lab.shape}, PET on {suv.shape}; resample(labels, like=pet) first")
     ml, kernel = float(abs(np.linalg.det(pet.affine[:3, :3]))) / 1000, sphere_kernel(pet.spacing)
     found = []
@@ -82,11 +90,51 @@ def measure(pet: Volume, labels: Volume) -> list[Lesion]:
         voxels, values = np.argwhere(inside) + corner, suv[box][inside]
         mtv, mean, at = len(values)*ml, float(values.mean(dtype=float)), voxels[values.argmax()]
         longest = longest_extent(voxels*pet.spacing, pet.spacing)
-        found.append(Lesion(k, float(values.max()), _peak(suv, inside, box, kernel), mean, mtv, mean*mtv, tuple(map(float, pet.world(voxels.mean(0)))), longest, tuple(map(int, at))))
+        found.append(Lesion(k, float(values.max()), _peak(suv, inside, box, kernel), mean, mtv, mean*mtv, tuple(map(float, pet.world(voxels.mean(0)))), longest, tuple(map(int, at)), unit))
     return sorted(found, key=lambda f: -f.suvmax)
 
+# %% ../nbs/04_lesions.ipynb #9fd6ddd2
+REFERENCES = {'liver': 1.5, 'blood': 2.}      # factor before the mean
+
+@dataclass(frozen=True)
+class Reference:
+    "PERCIST's reference uptake, SUVlbm: `threshold = factor * mean + 2 * sd`, population SD over the voxels whose centre lies inside."
+    kind: str                                # 'liver' or 'blood'
+    center_mm: tuple[float, float, float]    # LPS
+    mean: float
+    sd: float
+    voxels: int
+    threshold: float
+
+def percist_reference(pet: Volume, center_mm, kind: str = 'liver') -> Reference:
+    """The reference of `pet` (SUVlbm) at `center_mm` (LPS): 'liver', a sphere of 3 cm; 'blood', a cylinder of 1 cm across and 2 cm along z, where the liver is diseased.
+
+    Raises `LesionError` for another unit, a place that leaves the scan, or a grid too coarse (fewer than 8 voxels). Source: PERCIST 1.0."""
+    suv = _suv(pet, 'SUVlbm')
+    if kind not in REFERENCES: raise LesionError(f"kind is {kind!r}, expected one of {list(REFERENCES)}")
+    center = np.asarray(center_mm, float); reach = np.array([15.]*3 if kind == 'liver' else [5., 5., 10.])
+    corners = pet.index(center + reach*np.array(np.meshgrid(*[(-1, 1)]*3)).reshape(3, -1).T)
+    if (corners < -.5).any() or (corners > np.array(pet.shape) - .5).any(): raise LesionError(f"the {kind} reference at {tuple(center.round(1).tolist())} mm leaves the scan; choose another place")
+    lo, hi = np.maximum(np.floor(corners.min(0)).astype(int), 0), np.minimum(np.ceil(corners.max(0)).astype(int) + 1, pet.shape)
+    box = tuple(map(slice, lo, hi))
+    off = pet.world(np.stack(np.meshgrid(*map(np.arange, lo, hi), indexing='ij'), -1)) - center
+    inside = (off**2).sum(-1) <= 15.**2 if kind == 'liver' else ((off[..., :2]**2).sum(-1) <= 5.**2) & (abs(off[..., 2]) <= 10.)
+    values = suv[box][inside].astype(float)
+    if len(values) < 8: raise LesionError(f"the {kind} reference holds {len(values)} voxels of {tuple(round(s, 1) for s in pet.spacing)} mm, expected at least 8")
+    mean, sd = float(values.mean()), float(values.std())
+    return Reference(kind, tuple(center.tolist()), mean, sd, len(values), REFERENCES[kind]*mean + 2*sd)
+
+def liver_center(liver: Volume, clear_mm: float = 15.) -> tuple[float, float, float]:
+    "LPS mm of the place in the right half of `liver` (label > 0) that lies deepest inside, for `percist_reference`. Raises `LesionError` where none is `clear_mm` from the edge; take lesions out of the mask first."
+    liver = liver.canonical(); mask = liver.data > 0
+    if not mask.any(): raise LesionError("the liver mask is empty")
+    depth = ndi.distance_transform_edt(np.pad(mask, 1), sampling=liver.spacing)[1:-1, 1:-1, 1:-1]
+    depth[:, :, int(np.argwhere(mask)[:, 2].mean()) + 1:] = 0              # w grows to the patient's left
+    if depth.max() < clear_mm: raise LesionError(f"the right half of the liver is {depth.max():.0f} mm deep at most, expected {clear_mm:g} for a 3 cm sphere; use kind='blood' with a place in the descending aorta")
+    return tuple(map(float, liver.world(np.unravel_index(depth.argmax(), depth.shape))))
+
 # %% ../nbs/04_lesions.ipynb #af6562c3
-METHODS = {'fixed': None, 'percent41': .41, 'percent50': .5}   # fraction of each focus's own maximum, None = the threshold itself
+METHODS = {'fixed': None, 'percent41': .41, 'percent50': .5, 'percist': None, 'iterative': None}   # fraction of each focus's own maximum, None = another rule
 MARGIN_MM = 20.
 _NEIGHBOURS = np.ones((3, 3, 3), bool)                        # 26-connected: a focus that touches at a corner is one focus
 
@@ -107,20 +155,29 @@ def _drop(labels, bad) -> np.ndarray:
     return (np.cumsum(keep)*keep).astype(np.int32)[labels]
 
 # %% ../nbs/04_lesions.ipynb #2444653b
-def segment(pet: Volume, method: str = 'fixed', threshold: float = 4., physiological: Volume | None = None, min_ml: float = .3) -> Volume:
-    """Label volume (0 = background, 1..n) of the foci of `pet` (SUVbw) at or above `threshold` (SUV), 26-connected, at least `min_ml`.
+def _by_method(pet: Volume, suv, labels, method: str) -> tuple[np.ndarray, list[str]]:
+    "Foci `labels` above a threshold redrawn by `method`, and why some were dropped."
+    if METHODS[method]: return _redraw(suv, labels, METHODS[method], pet.spacing), []
+    if method == 'iterative': return _iterated(pet, suv, labels)
+    return labels, []
 
-    `method`: 'fixed', or 'percent41' / 'percent50' of each focus's own maximum (EANM). `physiological`: labels > 0 where uptake is normal (any grid);
-    a focus is dropped when its hottest voxel or more than half of it lies there. Raises `LesionError`."""
-    suv = _suv(pet)
+def segment(pet: Volume, method: str = 'fixed', threshold: float = 4., physiological: Volume | None = None, min_ml: float = .3, unit: str = 'SUVbw', reference: Reference | None = None) -> Volume:
+    """Label volume (0 = background, 1..n) of the foci of `pet` (in `unit`) at or above `threshold` (in `unit`), 26-connected, at least `min_ml`.
+
+    `method`: 'fixed'; 'percent41' / 'percent50' of each focus's own maximum (EANM); 'iterative' from each focus's maximum (`iterative_threshold`, SUVbw); 'percist': above `reference.threshold`
+    (`percist_reference`, SUVlbm only), SUVpeak too. `physiological`: labels > 0 where uptake is normal (any grid); a focus is dropped when its hottest voxel or more than half of it lies there.
+    What an iterative threshold drops is in `meta['dropped']`. Raises `LesionError`."""
     if method not in METHODS: raise LesionError(f"method is {method!r}, expected one of {list(METHODS)}")
+    if (method == 'percist') != (reference is not None): raise LesionError(f"method {method!r} with {'a' if reference else 'no'} reference; 'percist' takes one (percist_reference), no other method does")
+    if method == 'percist': unit, threshold = 'SUVlbm', reference.threshold
+    suv = _suv(pet, 'SUVbw' if method == 'iterative' else unit)
     if not threshold > 0: raise LesionError(f"threshold is {threshold}, expected a positive SUV")
     labels, n = ndi.label(suv >= threshold, _NEIGHBOURS)
     small = np.bincount(labels.ravel(), minlength=n+1) * abs(np.linalg.det(pet.affine[:3, :3])) / 1000 < min_ml
-    labels = _drop(labels, small)
-    if METHODS[method]: labels = _redraw(suv, labels, METHODS[method], pet.spacing)
+    labels, dropped = _by_method(pet, suv, _drop(labels, small), method)
+    if method == 'percist': labels = _drop(labels, _low_peak(pet, suv, labels, threshold))
     if physiological is not None: labels = _drop(labels, _normal(suv, labels, resample(physiological, like=pet).data > 0))
-    return pet.replace(data=labels, unit='label')
+    return pet.replace(data=labels, unit='label', meta=pet.meta | {'dropped': dropped} if dropped else pet.meta)
 
 def _normal(suv, labels, usual) -> np.ndarray:
     "Boolean table (n+1,): which labels are physiological, by hottest voxel or by majority."
@@ -130,9 +187,25 @@ def _normal(suv, labels, usual) -> np.ndarray:
     if n: bad[1:] |= np.array([usual[p] for p in ndi.maximum_position(suv, labels, np.arange(1, n+1))])
     return bad
 
-def candidates(pet: Volume, method: str = 'fixed', threshold: float = 4., physiological: Volume | None = None, min_ml: float = .3) -> list[Lesion]:
-    "The foci of `pet` (SUVbw) found by `segment` and measured, hottest first. Candidates, not diagnoses: brain, heart, bladder count until `physiological` names them."
-    return measure(pet, segment(pet, method, threshold, physiological, min_ml))
+def _low_peak(pet: Volume, suv, labels, threshold: float) -> np.ndarray:
+    "Boolean table (n+1,): which labels have an SUVpeak below `threshold`."
+    kernel = sphere_kernel(pet.spacing)
+    return np.array([False] + [_peak(suv, labels[box] == k, box, kernel) < threshold for k, box in enumerate(ndi.find_objects(labels), 1)])
+
+def candidates(pet: Volume, method: str = 'fixed', threshold: float = 4., physiological: Volume | None = None, min_ml: float = .3, unit: str = 'SUVbw', reference: Reference | None = None) -> list[Lesion]:
+    "The foci of `pet` found by `segment` (same arguments) and measured, hottest first. Candidates, not diagnoses: brain, heart, bladder count until `physiological` names them."
+    return measure(pet, segment(pet, method, threshold, physiological, min_ml, unit, reference), 'SUVlbm' if method == 'percist' else unit)
+
+def by_organ(pet: Volume, labels: Volume, organs: Volume, unit: str = 'SUVbw') -> dict[int, list[Lesion]]:
+    """The foci of `labels`, measured, by the value of `organs` (label, any grid) that each belongs to: that of its hottest voxel, or, where that is 0, the one which more than half of it lies in; 0 = no organ.
+
+    Nothing is dropped: physiological uptake stays listed under its organ. Raises `LesionError` for another unit or grid."""
+    org, found = resample(organs, like=pet).data, {}
+    for f in measure(pet, labels, unit):
+        inside = np.bincount(org[labels.data == f.label])
+        home = int(org[f.peak]) or int(inside.argmax() if inside.max() > inside.sum()/2 else 0)
+        found.setdefault(home, []).append(f)
+    return found
 
 # %% ../nbs/04_lesions.ipynb #a9c477c5
 SUV_TOLERANCE, LEAST_SUV = .1, 2.5     # a report rounds its SUVmax to one decimal; fainter lesions are not looked for
@@ -195,6 +268,17 @@ def iterative_threshold(pet: Volume, suvmax: float, start: tuple[int, int, int],
         grow(ndi.generate_binary_structure(3, 1), threshold)
         if abs(threshold - before) <= .01*before: return Growth(pet.replace(data=inside, unit='label'), tuple(passes), first)
     return Growth(None, tuple(passes), first, f"the threshold still moves after {most} passes")
+
+# %% ../nbs/04_lesions.ipynb #e60564c1
+def _iterated(pet: Volume, suv, seeds) -> tuple[np.ndarray, list[str]]:
+    "Each seed grown by `iterative_threshold` from its own maximum, coolest first so that hotter foci overwrite; what it drops is left out, with the reason."
+    out, dropped = np.zeros_like(seeds), []
+    tops = ndi.maximum_position(suv, seeds, np.arange(1, seeds.max()+1)) if seeds.any() else []
+    for k, top in sorted(enumerate(tops, 1), key=lambda t: suv[t[1]]):
+        growth = iterative_threshold(pet, float(suv[top]), tuple(map(int, top)))
+        if growth.labels: out[growth.labels.data > 0] = k
+        else: dropped.append(f"focus at {tuple(map(int, top))}: {growth.dropped}"); log.warning("%s", dropped[-1])
+    return _drop(out, np.bincount(out.ravel(), minlength=len(tops)+1) == 0), dropped
 
 # %% ../nbs/04_lesions.ipynb #25b1e985
 def label_reported(pet: Volume, reported: list[tuple[float, int]]) -> tuple[Volume, list[str]]:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 class VolumeError(ValueError): "A volume, grid or unit that does not fit; the message says what was found, expected and what to do."
 
-UNITS = ('SUVbw', 'HU', 'label', 'Bq/ml', '1')
+UNITS = ('SUVbw', 'SUVlbm', 'SUVibw', 'SUVbsa', 'HU', 'label', 'Bq/ml', '1')   # SUV by body weight, lean mass, ideal weight (g/ml), body surface (cm2/ml): not one of them stands in for another
 FILL = {'HU': -1000.}   # what lies outside the scan: air in HU, nothing in every other unit
 
 def _as_unit(data, unit: str) -> np.ndarray:
