@@ -131,14 +131,18 @@ def say(said: Sequence[tuple[str, int, str]]) -> None:
     "Log what was `heard`."
     for name, level, text in said: logging.getLogger(name).log(level, '%s', text)
 
+_one = threading.Lock()
+
 def do(work: Callable, args: tuple, file: str, code: dict[str, str]) -> Result:
     """The task: `work(*args)` gives rows and, where there are none, why; rows go to `file`, unless they lie there already. No rows, no file: a study that could not be used is tried again by the next run.
 
-    One BLAS thread: pools of threads that fight for the cores were measured ten times slower. Raises `TaskError` on a worker whose code is not the client's, and what `work` raises."""
+    One study at a time in a process, whatever the worker's threads: memory is that of one study. One BLAS thread: pools of threads that fight for the cores were measured ten times slower.
+    Raises `TaskError` on a worker whose code or file system is not the client's, and what `work` raises."""
     other = sorted(m for m, r in code.items() if revision(m) != r)
     if other: raise TaskError(f"this worker has another version of {other} than the client; install the same revision of petvlm and its requirements.txt, restart the workers")
     if done := finished(Path(file)): return done
-    with threadpool_limits(1), heard() as said, watched() as seen: rows, why = work(*args)
+    if not Path(file).parent.is_dir(): raise TaskError(f"{Path(file).parent}: no such folder on this worker; all workers need the file system of the client, under the same path")
+    with _one, threadpool_limits(1), heard() as said, watched() as seen: rows, why = work(*args)
     images = tuple(_image(arrays) for arrays, _ in rows)
     if rows: _save(Path(file), rows, {'images': images, 'said': said, 'read': seen})
     return Result(file, why, images, tuple(said))
@@ -193,16 +197,13 @@ def alone(folder: Path) -> Iterator[None]:
 def run_tasks(work: Callable, args: Sequence[tuple], folder, workers: int = 2, scheduler: str | None = None, few: int = 0, skip: bool = False, desc: str = 'tasks') -> list[Result]:
     """`work(*a)` for each `a` of `args`, one file each in `folder` (which is there, and `alone` one's own); results in the order of `args`, the same whoever did the work.
 
-    `workers`: processes, in this one for 1 or less and for up to `few` tasks; `scheduler`: address or file of a Dask scheduler instead (default: `$PETVLM_DASK`). Files of other tasks are removed: what was configured otherwise is never mixed in.
+    `workers`: processes, in this one for 1 or less and for up to `few` tasks; `scheduler`: address or file of a Dask scheduler instead (default: `$PETVLM_DASK`). Files of other tasks are never taken, and are left: whoever goes back to the configuration before goes on from there.
     `skip`: a task that ends its worker process again and again is a `Result` with a reason. Otherwise raises `TaskError`, as for a scheduler that is lost, and what `work` raises."""
     folder, scheduler = Path(folder).absolute(), scheduler or os.environ.get(ADDRESS) or None
     named = [identity(work, a) for a in args]
     jobs = {key: (work, a, str(folder/f'{key}.npz'), code) for (key, code), a in zip(named, args)}
+    here = not scheduler and (workers <= 1 or len(jobs) <= few)
     with contextlib.ExitStack() as stack:
-        stale = [p for p in folder.iterdir() if p.name != 'lock' and (p.suffix != '.npz' or p.stem not in jobs)]
-        for p in stale: p.unlink()
-        if stale: log.info("%s: %d files of other tasks removed", folder, len(stale))
-        here = not scheduler and (workers <= 1 or len(jobs) <= few)
         found = ((key, do(*job)) for key, job in jobs.items()) if here else _on_dask(stack.enter_context(cluster(workers, scheduler)), jobs, skip)
         try: results = dict(tqdm(found, total=len(jobs), desc=desc, unit='study'))
         except CancelledError as e: raise TaskError("the Dask scheduler went away; start it and run again, what is finished is kept") from e
