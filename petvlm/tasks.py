@@ -155,9 +155,10 @@ def do(work: Callable, args: tuple, file: str, code: dict[str, str]) -> Result:
     if other: raise TaskError(f"this worker has another version of {other} than the client; install the same revision of petvlm and its requirements.txt, restart the workers")
     if done := finished(Path(file)): return done
     if not Path(file).parent.is_dir(): raise TaskError(f"{Path(file).parent}: no such folder on this worker; all workers need the file system of the client, under the same path")
-    with _one, threadpool_limits(1), heard() as said, watched() as seen: rows, why = work(*args)
-    images = tuple(_image(arrays) for arrays, _ in rows)
-    if rows: _save(Path(file), rows, {'images': images, 'said': said, 'read': seen})
+    with _one:
+        with threadpool_limits(1), heard() as said, watched() as seen: rows, why = work(*args)
+        images = tuple(_image(arrays) for arrays, _ in rows)
+        if rows: _save(Path(file), rows, {'images': images, 'said': said, 'read': seen})
     return Result(file, why, images, tuple(said))
 
 # %% ../nbs/07c_tasks.ipynb #7ad7ca9a
