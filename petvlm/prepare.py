@@ -4,19 +4,17 @@
 
 # %% ../nbs/08_prepare.ipynb #a7f2c0da
 from __future__ import annotations
-import csv, hashlib, json, logging, os, shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import csv, json, logging, os, shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 import numpy as np
-from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
 from .config import Data, digest
 from .findings import REGIONS, Finding, FindingError, Study
 from .reports import parse, report_request
 from .sources import SourceError
 from .suv import DicomError
+from .tasks import Result, alone, read_rows, run_tasks
 from .vqa import YES_NO, split, vqa_multi, vqa_single
 from .volume import Volume, VolumeError, body_mask, cut, lung_extent, region_bounds, resample
 from .wording import ReportError
@@ -24,8 +22,8 @@ from .wording import ReportError
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PET_UNITS', 'BAD_STUDY', 'PrepareError', 'region_grid', 'relative', 'to_grid', 'scaled', 'stated', 'record',
-           'feature', 'usual_of', 'standards', 'standardise', 'region_rows', 'prepare']
+__all__ = ['log', 'PET_UNITS', 'BAD_STUDY', 'FEW', 'PrepareError', 'region_grid', 'relative', 'to_grid', 'scaled', 'stated',
+           'record', 'feature', 'usual_of', 'standards', 'standardise', 'region_rows', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
 class PrepareError(ValueError):
@@ -112,16 +110,18 @@ def usual_of(record: dict) -> str:
     "What a row is compared with: its region, or what its record names under `usual` (region and plane of a CT series)."
     return record.get('usual', record['region'])
 
-def standards(folder: Path, names: Sequence[str], suv_max: float = 10.) -> dict[str, np.ndarray]:
-    "`{input}.{usual}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`; rows are compared with those of the same `usual` (the record's region, where it does not say). Deviations below half their median are raised to it, so that air is not a microscope."
+def standards(folder: Path, names: Sequence[str], suv_max: float = 10., room: int = 2**28) -> dict[str, np.ndarray]:
+    "`{input}.{usual}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`; rows are compared with those of the same `usual` (the record's region, where it does not say). Deviations below half their median are raised to it, so that air is not a microscope. Voxels are independent of each other, so a slab of all rows at a time is read, of `room` bytes."
     with open(folder/'rows.jsonl', encoding='utf-8') as f: rows = [(r['row'], usual_of(r)) for r in map(json.loads, f) if r['split'] == 'train']
     out = {}
     for name in names:
         array = np.load(folder/f'{name}.npy', mmap_mode='r')
         for region in sorted({r for _, r in rows}):
-            x = feature(array[[i for i, r in rows if r == region]], name, suv_max)
-            sd = x.std(0)
-            out[f'{name}.{region}'] = np.stack([x.mean(0), np.maximum(sd, max(np.median(sd)/2, 1e-3))])
+            which = [i for i, r in rows if r == region]
+            step = max(1, room//(4*len(which)*int(np.prod(array.shape[2:]))))
+            slabs = (feature(array[which, d:d + step], name, suv_max) for d in range(0, array.shape[1], step))
+            mean, sd = map(np.concatenate, zip(*((x.mean(0), x.std(0)) for x in slabs)))
+            out[f'{name}.{region}'] = np.stack([mean, np.maximum(sd, max(np.median(sd)/2, 1e-3))])
     return out
 
 def standardise(x: np.ndarray, name: str, standard: np.ndarray, suv_max: float) -> np.ndarray:
@@ -139,7 +139,7 @@ def region_rows(study: Study, data: Data, split: str) -> list[tuple[dict, dict]]
     if lost: log.warning("study %s: %s reported, but not in the CT; left out", study.id, lost)
     return [(scaled(grids[name], data), record(study, name, grids[name]['ct'], data)) for name in both]
 
-# %% ../nbs/08_prepare.ipynb #2e22dc10
+# %% ../nbs/08_prepare.ipynb #2d4e57e7
 BAD_STUDY = (PrepareError, SourceError, DicomError, VolumeError, ReportError, FindingError)     # what a study can be guilty of
 
 def _rows(load: Callable, make: Callable, data: Data, split: str, skip: bool) -> tuple[list[tuple[dict, dict]], str]:
@@ -150,32 +150,34 @@ def _rows(load: Callable, make: Callable, data: Data, split: str, skip: bool) ->
         return [], ' '.join(f'{type(e).__name__}: {e}'.split())
     return rows, '' if rows else f'gave no row of kind {data.kind!r}'
 
-def _key(arrays: dict) -> str: return hashlib.sha256(b''.join(np.ascontiguousarray(arrays[k]).tobytes() for k in sorted(arrays))).hexdigest()
-
-def _unique(names: Iterable[str], results: Iterable[tuple[list, str]]) -> Iterable[tuple[list, str]]:
+def _unique(names: Sequence[str], results: Sequence[Result]) -> list[Result]:
     "`results`, where a study with an image that another study had before loses its rows."
-    seen = {}
-    for name, (rows, why) in zip(names, results):
-        keys = [_key(arrays) for arrays, _ in rows]
-        twin = next((seen[k] for k in keys if k in seen), None)
-        for k in keys: seen.setdefault(k, name)
-        yield (rows, why) if twin is None else ([], f'the same images as {twin}')
-
-def _write(tmp: Path, splits: Sequence[str], results: Iterable[tuple[list, str]]) -> list[tuple[str, str]]:
-    "Write rows as they come; the split of each row's item and why there is none, item by item."
-    n, shapes, out = 0, {}, []
-    with open(tmp/'rows.jsonl', 'w', encoding='utf-8') as f, ExitStack() as files:
-        for split_name, (rows, why) in zip(splits, results):
-            out.append((split_name, why))
-            for arrays, rec in rows:
-                for k, x in arrays.items():
-                    if k not in shapes: shapes[k] = (x.dtype, x.shape, files.enter_context(open(tmp/f'{k}.raw', 'wb')))
-                    shapes[k][2].write(np.ascontiguousarray(x, shapes[k][0]).tobytes())
-                f.write(json.dumps({'row': n, 'split': split_name} | rec, ensure_ascii=False) + '\n'); n += 1
-    for k, (dtype, shape, _) in shapes.items():
-        np.save(tmp/f'{k}.npy', np.memmap(tmp/f'{k}.raw', dtype, 'r', shape=(n, *shape)))
-        (tmp/f'{k}.raw').unlink()
+    seen, out = {}, []
+    for name, r in zip(names, results):
+        twin = next((seen[k] for k in r.images if k in seen), None)
+        for k in r.images: seen.setdefault(k, name)
+        out.append(r if twin is None else Result(r.file, f'the same images as {twin}'))
     return out
+
+# %% ../nbs/08_prepare.ipynb #5a906ad5
+def _header(f, x: np.ndarray, n: int) -> None:
+    "The head of a .npy file for `n` arrays like `x`."
+    np.lib.format.write_array_header_1_0(f, {'descr': np.lib.format.dtype_to_descr(x.dtype), 'fortran_order': False, 'shape': (n, *x.shape)})
+
+def _write(tmp: Path, splits: Sequence[str], results: Sequence[Result]) -> None:
+    "Rows of all studies in order: arrays to `{name}.npy`, records to `rows.jsonl`. Raises `PrepareError` for rows that differ in their arrays or shapes."
+    rows = ((split_name, *row) for split_name, r in zip(splits, results) if r.images for row in read_rows(r.file))
+    count, shapes, files = sum(len(r.images) for r in results), {}, {}
+    with ExitStack() as stack:
+        out = stack.enter_context(open(tmp/'rows.jsonl', 'w', encoding='utf-8'))
+        for n, (split_name, arrays, rec) in enumerate(rows):
+            if not n:
+                shapes, files = {k: (x.shape, x.dtype) for k, x in arrays.items()}, {k: stack.enter_context(open(tmp/f'{k}.npy', 'wb')) for k in arrays}
+                for k, x in arrays.items(): _header(files[k], x, count)
+            found, expected = {k: x.shape for k, x in arrays.items()}, {k: shape for k, (shape, _) in shapes.items()}
+            if found != expected: raise PrepareError(f"row {n}: its arrays are {found}, those of the rows before {expected}; every row of a folder has the same")
+            for k, x in arrays.items(): files[k].write(np.ascontiguousarray(x, shapes[k][1]).data)
+            out.write(json.dumps({'row': n, 'split': split_name} | rec, ensure_ascii=False) + '\n')
 
 def _account(tmp: Path, names: Sequence[str], told: list[tuple[str, str]], data: Data) -> None:
     "Write `skipped.csv`, log the count. Raises `PrepareError` for a split whose studies are all skipped."
@@ -187,23 +189,28 @@ def _account(tmp: Path, names: Sequence[str], told: list[tuple[str, str]], data:
     if lost: raise PrepareError(f"{data.name}: {len(skipped)} of {len(told)} studies cannot be used, nothing is left for {lost}: {some}{' ...' if len(skipped) > 3 else ''}. All reasons are in {tmp/'skipped.csv'}")
     log.warning("%s: %d of %d studies skipped (%s%s); skipped.csv has all reasons", data.name, len(skipped), len(told), some, ' ...' if len(skipped) > 3 else '')
 
-def prepare(items: Sequence[tuple[str, Callable]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2, skip: bool | None = None) -> Path:
-    """Prepare `(split, load)` items into `folder` with `workers` processes; the folder appears only when it is complete.
+FEW = 16     # studies of the phantom that are done before a local cluster has started
+
+def prepare(items: Sequence[tuple[str, Callable]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2, skip: bool | None = None, scheduler: str | None = None) -> Path:
+    """Prepare `(split, load)` items into `folder`, which appears only when it is complete, and is the same byte for byte however many workers made it and however often the run was cut off.
 
     `load()` gives a `Study` or finished rows; `make(study, data, split)` gives the rows of a study as `(arrays, record)`; `standard`: inputs that encoders read as deviations from the usual.
-    `skip`: studies that raise one of `BAD_STUDY`, or repeat another's images, are left out and listed in `skipped.csv` (default: in data from outside, not in the phantom). A load may carry its study's name as `study`.
-    Raises `PrepareError` when a split has nothing left, what `make` raises when nothing is skipped, and everything that is not a study's fault."""
-    folder, tmp = Path(folder), Path(f'{folder}.partial')
+    `workers`: processes of a local Dask cluster, in this process for 1 or 0 (and for up to `FEW` studies none of which may be skipped: nothing is gained by keeping them apart); `scheduler`: a Dask scheduler instead (`petvlm.tasks`, default `$PETVLM_DASK`). A script that starts workers does so below `if __name__ == '__main__'`.
+    `skip`: studies that raise one of `BAD_STUDY`, end their worker process, or repeat another's images, are left out and listed in `skipped.csv` (default: in data from outside, not in the phantom). A load may carry its study's name as `study`.
+    Finished studies lie in `{folder}.studies` until all are; a run that is cut off goes on from there, and twice the room of `folder` is needed for the time being.
+    Raises `PrepareError` when a split has nothing left, what `make` raises when nothing is skipped, `TaskError` for a scheduler that does not answer, and everything that is not a study's fault."""
+    folder, tmp, studies = Path(folder), Path(f'{folder}.partial'), Path(f'{folder}.studies')
     if not items: raise PrepareError(f"{folder}: no studies to prepare")
     skip = data.source.kind != 'phantom' if skip is None else skip
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
     splits, loads = zip(*items)
     names = [getattr(load, 'study', '') or f'number {i}' for i, load in enumerate(loads, 1)]
-    # one BLAS thread per worker: workers whose thread pools fight for the cores were measured ten times slower
-    with ProcessPoolExecutor(workers, initializer=threadpool_limits, initargs=(1,)) as pool:
-        jobs = tqdm(pool.map(_rows, loads, *([x]*len(items) for x in (make, data)), splits, [skip]*len(items), chunksize=4), total=len(items), desc=f'prepare {data.name}', unit='study')
-        told = _write(tmp, splits, _unique(names, jobs) if skip else jobs)
-    _account(tmp, names, told, data)
-    np.savez(tmp/'standard.npz', **standards(tmp, standard, data.suv_max))
-    shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
+    with alone(studies):
+        results = run_tasks(_rows, [(load, make, data, s, skip) for s, load in items], studies, workers, scheduler, 0 if skip else FEW, skip, f'prepare {data.name}')
+        if skip: results = _unique(names, results)
+        shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+        _write(tmp, splits, results)
+        _account(tmp, names, [(s, r.why) for s, r in zip(splits, results)], data)
+        np.savez(tmp/'standard.npz', **standards(tmp, standard, data.suv_max))
+        shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
+        shutil.rmtree(studies)
     return folder
