@@ -256,7 +256,7 @@ def test_written_seg_reads_back_equal(kind, scan, tmp_path):
     np.testing.assert_array_equal(as_labels(masks).data, labels.data)
     assert masks['one'].meta['regions'] == [['39607008', 'SCT', 'Lung', ['7771000', 'SCT', 'Left']]] and masks['one'].meta['property'][0] == '27925004' and masks['two'].meta['regions'][0][1] == SCHEME
     seg = hd.seg.segread(path)                                                      # and by highdicom's own reader
-    volume = seg.get_volume(combine_segments=True) if kind == 'BINARY' else seg.get_volume()
+    volume = seg.get_volume(combine_segments=True)
     volume = Volume(volume.array.astype(int), volume.affine, 'label').canonical()    # it sorts slices the other way
     lo = np.rint(labels.index(volume.affine[:3, 3])).astype(int)
     np.testing.assert_allclose(volume.affine[:3, :3], labels.affine[:3, :3], atol=1e-4)
