@@ -5,7 +5,6 @@
 # %% ../nbs/04c_masks.ipynb #b7d59ea3
 from __future__ import annotations
 import logging
-from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import pydicom
@@ -13,7 +12,7 @@ from .dicom import TOLERANCE_MM, DicomError, SeriesInfo, tag_name
 from .volume import Volume, resample
 
 # %% auto #0
-__all__ = ['log', 'OVERLAPS', 'CLOSED', 'MaskError', 'Masks', 'even_odd', 'read_rtstruct', 'read_seg', 'as_labels']
+__all__ = ['log', 'OVERLAPS', 'CLOSED', 'OFF_GRID', 'MaskError', 'Masks', 'even_odd', 'read_rtstruct', 'read_seg', 'as_labels']
 
 # %% ../nbs/04c_masks.ipynb #442d5484
 log = logging.getLogger(__name__)
@@ -168,14 +167,15 @@ def _frame_affines(ds, name: str) -> np.ndarray:
         out.append(np.stack([cosines[3:]*between_rows, cosines[:3]*between_columns, np.array(place.ImagePositionPatient, float)], 1))
     return np.array(out)
 
+OFF_GRID = .05    # voxels: text in a header is rounded; a corner further off the grid than this lies elsewhere
+
 def _on_grid(frames, rows: int, columns: int, like: Volume) -> np.ndarray | None:
-    "(frames, 3, 3) whole-number maps (h, w, 1) -> index of `like`, or None where any frame's corner lies a hundredth of a voxel or more off the grid."
+    "(frames, 3, 3) whole-number maps (h, w, 1) -> index of `like`, or None where any frame's corner lies more than `OFF_GRID` beside the voxel that its map leads to."
     inv = np.linalg.inv(like.affine)
     maps = inv[:3, :3] @ frames; maps[:, :, 2] += inv[:3, 3]
-    corners = maps @ np.array([[h, w, 1] for h in (0, rows-1) for w in (0, columns-1)]).T
-    whole = np.rint(maps)
-    unit = abs(whole[:, :, :2]).sum(1) == 1
-    return whole.astype(int) if unit.all() and abs(corners - np.rint(corners)).max() < .01 and abs(maps - whole).max() < .01 else None
+    whole, corners = np.rint(maps), np.array([[h, w, 1] for h in (0, rows-1) for w in (0, columns-1)]).T
+    unit = abs(whole[:, :, :2]).sum(1) == 1                                     # one step in the frame is one step on the grid
+    return whole.astype(int) if unit.all() and abs((maps - whole) @ corners).max() < OFF_GRID else None
 
 # %% ../nbs/04c_masks.ipynb #750ba962
 def _frame_step(ds, along: np.ndarray, name: str) -> float:

@@ -78,7 +78,7 @@ def _nested(prefix: str, numbers: dict) -> dict:
     fields = dict.fromkeys(k.split('.')[0] for k in mine)
     return {f: mine[f] if f in mine else tuple(mine[f'{f}.{i}'] for i in range(sum(k.startswith(f'{f}.') for k in mine))) for f in fields}
 
-# %% ../nbs/04d_structured.ipynb #f118ac2b
+# %% ../nbs/04d_structured.ipynb #78e18f3e
 _DATES = ('Series', 'Acquisition', 'Content', 'Study')
 
 def _stamp(source: SeriesInfo) -> tuple[str, str]:
@@ -99,6 +99,7 @@ def _sources(source: SeriesInfo) -> list[pydicom.Dataset]:
         headers.append(h)
     return headers
 
+# %% ../nbs/04d_structured.ipynb #1ad0e9a2
 def _settle(ds: pydicom.Dataset, source: SeriesInfo) -> pydicom.Dataset:
     "`ds` without anything that depends on the moment or the run."
     date, time = _stamp(source)

@@ -18,7 +18,7 @@ from petvlm.dicom import find_series, read_series
 from petvlm.dicomwrite import Exam, write_series
 from petvlm.findings import KINDS, ORGANS, Finding
 from petvlm.lesions import Lesion, measure, segment
-from petvlm.masks import MaskError, as_labels, even_odd, read_rtstruct, read_seg
+from petvlm.masks import MaskError, _on_grid, as_labels, even_odd, read_rtstruct, read_seg
 from petvlm.structured import NUMBERS, SCHEME, Entry, StructuredError, read_sr, write_seg, write_sr
 from petvlm.volume import Volume, read_nifti, resample
 
@@ -215,6 +215,13 @@ def test_seg_frames_are_placed_by_their_own_positions(scan, tmp_path):
     assert series.frame not in str(e.value)
     with pytest.raises(MaskError, match='voxels of frame .* outside the grid'): read_seg(path, pet.crop((0, 0, 0), (8, 14, 9)), series)
     with pytest.raises(MaskError, match='expected RTSTRUCT'): read_rtstruct(path, pet, series)
+
+
+def test_a_pixel_spacing_that_drifts_by_a_whole_voxel_is_another_grid():
+    "201 columns, each half a percent too wide: the last corner lands on a voxel again, the wrong one."
+    wide = Volume(np.zeros((2, 3, 202)), AFFINE, 'SUVbw')
+    frame = lambda step: np.column_stack([[0, 2, 0], [step, 0, 0], AFFINE[:3, 3]])[None]
+    assert _on_grid(frame(2.), 3, 201, wide) is not None and _on_grid(frame(2.0002), 3, 201, wide) is not None and _on_grid(frame(2*(1 + 1/200)), 3, 201, wide) is None
 
 
 def test_seg_on_another_grid_takes_the_nearest_voxel_and_says_so(scan, tmp_path, caplog):
