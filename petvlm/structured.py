@@ -4,7 +4,8 @@
 
 # %% ../nbs/04d_structured.ipynb #a35a3aaa
 from __future__ import annotations
-import copy, hashlib, json, uuid
+import copy, hashlib, json, uuid, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -113,6 +114,13 @@ def _settle(ds: pydicom.Dataset, source: SeriesInfo) -> pydicom.Dataset:
     ds.file_meta.ImplementationClassUID, ds.file_meta.ImplementationVersionName = content_uid('petvlm', 'implementation'), 'PETVLM'
     return ds
 
+@contextmanager
+def _discreet():
+    "highdicom warns of a name without a caret (usual in Vietnam) by printing the name: no patient's name goes into a log."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The string', category=UserWarning, module='highdicom')
+        yield
+
 def _write(ds: pydicom.Dataset, path) -> Path:
     path = Path(path); _atomic(path, lambda p: ds.save_as(p, enforce_file_format=True, implicit_vr=False, little_endian=True))
     return path
@@ -166,7 +174,7 @@ def write_seg(labels: Volume, source: SeriesInfo, path, names=None, findings=Non
     sop = content_uid('seg', source.uid, source.frame, labels.data.astype('<u2').tobytes(), np.round(labels.affine, 6).tobytes(), about)
     segments = [_describe(k, name, f, content_uid('lesion', sop, k), algorithm) for k, (name, f) in enumerate(zip(names, findings), 1)]
     pixels = hd.Volume(labels.data.astype(np.uint16 if n > 255 else np.uint8), labels.affine, coordinate_system='PATIENT', frame_of_reference_uid=source.frame)
-    seg = hd.seg.Segmentation(_sources(source), pixels, kind, segments, content_uid('series', sop), 1000, sop, 1, content_label='LESIONS', series_description='petvlm lesions', **_equipment())
+    with _discreet(): seg = hd.seg.Segmentation(_sources(source), pixels, kind, segments, content_uid('series', sop), 1000, sop, 1, content_label='LESIONS', series_description='petvlm lesions', **_equipment())
     return _write(_settle(seg, source), path)
 
 # %% ../nbs/04d_structured.ipynb #13249a32
@@ -188,8 +196,7 @@ def _measurements(entry: Entry) -> list[hd.sr.Measurement]:
 UPTAKE = Code('UPTAKE', SCHEME, 'uptake')
 
 def _segment(seg, number: int) -> hd.sr.ReferencedSegment:
-    "The reference to a segment; frames of a label map belong to no single segment, so there the source series stands for the source images."
-    if seg.SegmentationType != 'LABELMAP': return hd.sr.ReferencedSegment.from_segmentation(seg, number)
+    "The reference to a segment and the series it was drawn on; the SEG itself names the images."
     series = hd.sr.SourceSeriesForSegmentation(seg.ReferencedSeriesSequence[0].SeriesInstanceUID)
     return hd.sr.ReferencedSegment(seg.SOPClassUID, seg.SOPInstanceUID, number, source_series=series)
 
@@ -220,7 +227,7 @@ def write_sr(entries: list[Entry], source: SeriesInfo, path, seg=None) -> Path:
     observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(content_uid('petvlm', 'device'), name='petvlm', model_name=__version__))
     report = hd.sr.MeasurementReport(hd.sr.ObservationContext(observer_device_context=observer), codes.LN.PETUnspecifiedBodyRegion, [_group(e, seg, uids, sop) for e in entries], codes.DCM.ImagingMeasurementReport)
     evidence = [*([seg] if seg is not None else []), *_sources(source)]
-    sr = hd.sr.Comprehensive3DSR(evidence, report, content_uid('series', sop), 1001, sop, 1, is_complete=True, series_description='petvlm measurements', **_equipment())
+    with _discreet(): sr = hd.sr.Comprehensive3DSR(evidence, report, content_uid('series', sop), 1001, sop, 1, is_complete=True, series_description='petvlm measurements', **_equipment())
     return _write(_settle(sr, source), path)
 
 # %% ../nbs/04d_structured.ipynb #ebbdeb5b

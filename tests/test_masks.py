@@ -299,6 +299,20 @@ def test_structured_report_round_trip(kind, scan, tmp_path):
     assert {k: told[k] for k in expected} == expected and l.mtv_ml == pytest.approx(2*3*4*5*4*4.5/1000)
 
 
+def test_ibsi_mask_written_and_read_back(ibsi, tmp_path):
+    "The reference object's own mask as SEG and as a measurement, on headers that another program wrote."
+    root = next(ibsi.rglob('DRO_1_0'))
+    series = next(s for s in find_series(root) if s.modality == 'PT')
+    pet, mask = read_series(series), read_nifti(root/'mask'/'DRO_mask.nii.gz', 'label')
+    labels = pet.replace(data=mask.data.astype(np.uint8), unit='label')
+    seg = write_seg(labels, series, tmp_path/'seg.dcm', ['region 1'])
+    back = read_seg(seg, pet, series)['region 1']
+    np.testing.assert_array_equal(back.data, mask.data); np.testing.assert_allclose(back.affine, mask.affine, atol=1e-4)
+    assert back.meta['resampled'] == '' and back.meta['frames'] == 18
+    lesion, = measure(pet, labels)
+    assert read_sr(write_sr([Entry('region 1', lesion)], series, tmp_path/'sr.dcm', seg)) == [Entry('region 1', lesion)] and lesion.suvmax == pytest.approx(4, rel=.02)
+
+
 def test_every_word_of_the_vocabulary_round_trips(scan, tmp_path):
     series, *_ = scan
     entries = [Entry(f'o{i}', finding=Finding(o, 'right' if ORGANS[o].sided else '', 'mass')) for i, o in enumerate(ORGANS)] + [Entry(f'k{i}', finding=Finding('liver', '', k)) for i, k in enumerate(KINDS)]
@@ -318,18 +332,20 @@ def test_no_standard_code_is_invented():
     assert all(len(c.value) <= 16 and len(c.meaning) <= 64 for c in used)
 
 
-def test_names_in_any_script_and_headers_without_names(tmp_path, scan):
-    "A Vietnamese name arrives whole; tags that were taken away are there and empty; the same input gives the same bytes."
+def test_names_in_any_script_and_headers_without_names(tmp_path, scan, recwarn):
+    "A Vietnamese name, no caret in it, arrives whole and in no warning; tags that were taken away are there and empty; the same input gives the same bytes."
     series, pet, labels, lesions = scan
     named = [copy.deepcopy(h) for h in series.headers]
-    for h in named: h.SpecificCharacterSet = 'ISO_IR 192'; h.PatientName = 'Nguyễn^Văn^Ánh'; del h.PatientBirthDate, h.AccessionNumber
+    for h in named: h.SpecificCharacterSet = 'ISO_IR 192'; h.PatientName = 'Nguyễn Văn Ánh'; del h.PatientBirthDate, h.AccessionNumber
     source = replace(series, headers=tuple(named))
-    seg = write_seg(labels, source, tmp_path/'seg.dcm')
+    seg = write_seg(labels.replace(data=(labels.data == 1).astype(np.uint8)), source, tmp_path/'seg.dcm')       # one lesion only: its number stands in the shared group
+    assert read_seg(seg, pet, source)['lesion 1'].data.sum() == (labels.data == 1).sum()
     paths = [write_sr([Entry('u hạch', lesions[0])], source, tmp_path/f'{i}.dcm', seg) for i in range(2)]
     for p in (seg, paths[0]):
         ds = pydicom.dcmread(p)
-        assert str(ds.PatientName) == 'Nguyễn^Văn^Ánh' and ds.PatientBirthDate == '' and ds.SpecificCharacterSet == 'ISO_IR 192'
+        assert str(ds.PatientName) == 'Nguyễn Văn Ánh' and ds.PatientBirthDate == '' and ds.SpecificCharacterSet == 'ISO_IR 192'
     assert paths[0].read_bytes() == paths[1].read_bytes() and read_sr(paths[0])[0].name == 'u hạch' and 'PatientBirthDate' not in named[0]
+    assert not [w for w in recwarn if 'Ánh' in str(w.message)]
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(scan, tmp_path, monkeypatch):
