@@ -196,15 +196,16 @@ def write_bids(vol: Volume, path, source: SeriesInfo, administration: str = 'bol
     (TimeZero), no date and no identifier. Raises `BidsError` for another unit or file name, and where dose, weight or nuclide are not known (SUV made by the scanner) or times are missing."""
     path = Path(path); suv = vol.meta.get('suv') or {}
     if vol.unit != 'SUVbw' or not path.name.endswith(('_pet.nii.gz', '_pet.nii')): raise BidsError(f"expected a volume in SUVbw and a name ending in _pet.nii.gz, found {vol.unit} and {path.name}. Remedy: read the PET with read_series.")
-    missing = [k for k in ('dose_bq', 'weight_kg', 'nuclide', 'half_life_s', 'decay_s') if not suv.get(k)]
+    life = suv.get('half_life_s') or HALF_LIFE_S.get(suv.get('nuclide'))       # SUV from values corrected to the injection needs none, the sidecar does
+    missing = [k for k in ('dose_bq', 'weight_kg', 'nuclide', 'decay_s') if not suv.get(k)] + ['half_life_s']*(not life)
     if missing: raise BidsError(f"meta['suv'] lacks {', '.join(missing)} ({suv.get('rule', 'no SUV record')}): activity cannot be recovered from SUV. Remedy: read a series in BQML.")
     text = lambda keyword: str(source.headers[0].get(keyword) or 'n/a')
     tracer = (source.headers[0].get('RadiopharmaceuticalInformationSequence') or [{}])[0]
     moment = suv['decay_s'][0] if suv['decay_correction'] == 'START' else 0.
     side = dict(Manufacturer=text('Manufacturer'), ManufacturersModelName=text('ManufacturerModelName'), Units='Bq/mL', TracerName=str(tracer.get('Radiopharmaceutical') or 'n/a'), TracerRadionuclide=suv['nuclide'].replace('-', ''),
-                RadionuclideHalfLife=suv['half_life_s'], InjectedRadioactivity=suv['dose_bq']/1e6, InjectedRadioactivityUnits='MBq', InjectedMass='n/a', InjectedMassUnits='n/a', SpecificRadioactivity='n/a', SpecificRadioactivityUnits='n/a',
+                RadionuclideHalfLife=life, InjectedRadioactivity=suv['dose_bq']/1e6, InjectedRadioactivityUnits='MBq', InjectedMass='n/a', InjectedMassUnits='n/a', SpecificRadioactivity='n/a', SpecificRadioactivityUnits='n/a',
                 ModeOfAdministration=administration, BodyWeight=suv['weight_kg'], AcquisitionMode='n/a', ImageDecayCorrected=True, ImageDecayCorrectionTime=moment, ReconMethodName=text('ReconstructionMethod'), ReconMethodParameterLabels=['n/a'],
                 ReconMethodParameterUnits=['n/a'], ReconMethodParameterValues=['n/a'], ReconFilterType=text('ConvolutionKernel'), AttenuationCorrection=text('AttenuationCorrectionMethod')) | _timing(source, suv)
-    factor = 1000*suv['weight_kg']/(suv['dose_bq']*2**(-moment/suv['half_life_s']))
+    factor = 1000*suv['weight_kg']/(suv['dose_bq']*2**(-moment/life))
     _atomic(_stem(path).with_suffix('.json'), lambda p: p.write_text(json.dumps(side, indent=1)))
     return write_nifti(vol.replace(data=(vol.data.astype(np.float64)/factor).astype(np.float32), unit='Bq/ml', meta={}), path)

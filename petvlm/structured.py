@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from . import __version__
+import petvlm
 from .dicom import DicomError, SeriesInfo, tag_name
 from .findings import KINDS, ORGANS, UPTAKES, Finding
 from .lesions import Lesion
@@ -125,7 +125,7 @@ def _write(ds: pydicom.Dataset, path) -> Path:
     path = Path(path); _atomic(path, lambda p: ds.save_as(p, enforce_file_format=True, implicit_vr=False, little_endian=True))
     return path
 
-def _equipment() -> dict: return dict(manufacturer='petvlm', manufacturer_model_name='petvlm', software_versions=__version__, device_serial_number='0', specific_character_set='ISO_IR 192')   # UTF-8: names are copied in any script
+def _equipment() -> dict: return dict(manufacturer='petvlm', manufacturer_model_name='petvlm', software_versions=petvlm.__version__, device_serial_number='0', specific_character_set='ISO_IR 192')   # UTF-8: names are copied in any script
 
 @lru_cache
 def _by_code(kind: str) -> dict[tuple[str, str], str]:
@@ -152,7 +152,7 @@ def _check_labels(labels: Volume, source: SeriesInfo) -> int:
 
 def _describe(k: int, name: str, finding: Finding | None, uid: str, algorithm: str) -> hd.seg.SegmentDescription:
     "One segment: what it is, where, who drew it."
-    how = hd.AlgorithmIdentificationSequence('petvlm', codes.cid7162.NeighborhoodAnalysis, __version__) if algorithm != 'MANUAL' else None
+    how = hd.AlgorithmIdentificationSequence('petvlm', codes.cid7162.NeighborhoodAnalysis, petvlm.__version__) if algorithm != 'MANUAL' else None
     kind = KIND_CODES[finding.kind] if finding else codes.SCT.Lesion
     if kind.scheme_designator == SCHEME: kind = codes.SCT.Lesion         # CID 7151 knows no closer type
     d = hd.seg.SegmentDescription(k, name, codes.SCT.MorphologicallyAbnormalStructure, kind, algorithm, how, tracking_uid=uid, tracking_id=name, anatomic_regions=[ORGAN_CODES[finding.organ]] if finding else None)
@@ -170,7 +170,7 @@ def write_seg(labels: Volume, source: SeriesInfo, path, names=None, findings=Non
     names, findings = list(names or (f'lesion {k}' for k in range(1, n + 1))), list(findings or [None]*n)
     if len(findings) != n or len(names) != n or len(set(names)) != n or not all(0 < len(x) <= 64 for x in names): raise StructuredError(f"{n} labels, {len(names)} names ({len(set(names))} different), {len(findings)} findings; expected one of each per label, names of 1 to 64 characters")
     if kind not in ('BINARY', 'LABELMAP'): raise StructuredError(f"kind is {kind!r}, expected 'BINARY' or 'LABELMAP'")
-    about = json.dumps([kind, algorithm, __version__, names, [f and f.to_dict() for f in findings]])
+    about = json.dumps([kind, algorithm, petvlm.__version__, names, [f and f.to_dict() for f in findings]])
     sop = content_uid('seg', source.uid, source.frame, labels.data.astype('<u2').tobytes(), np.round(labels.affine, 6).tobytes(), about)
     segments = [_describe(k, name, f, content_uid('lesion', sop, k), algorithm) for k, (name, f) in enumerate(zip(names, findings), 1)]
     pixels = hd.Volume(labels.data.astype(np.uint16 if n > 255 else np.uint8), labels.affine, coordinate_system='PATIENT', frame_of_reference_uid=source.frame)
@@ -223,8 +223,8 @@ def write_sr(entries: list[Entry], source: SeriesInfo, path, seg=None) -> Path:
     uids = {} if seg is None else {int(s.SegmentNumber): str(s.TrackingUID) for s in seg.SegmentSequence if s.get('TrackingUID')}
     absent = [e.name for e in entries if e.lesion and e.lesion.label not in uids]
     if absent: raise StructuredError(f"entries {absent} have no segment with a tracking UID ({'no SEG given' if seg is None else f'segments {sorted(uids)}'}); pass seg= as written by write_seg")
-    sop = content_uid('sr', source.uid, '' if seg is None else seg.SOPInstanceUID, __version__, json.dumps([[e.name, e.lesion and e.lesion.to_dict(), e.finding and e.finding.to_dict()] for e in entries]))
-    observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(content_uid('petvlm', 'device'), name='petvlm', model_name=__version__))
+    sop = content_uid('sr', source.uid, '' if seg is None else seg.SOPInstanceUID, petvlm.__version__, json.dumps([[e.name, e.lesion and e.lesion.to_dict(), e.finding and e.finding.to_dict()] for e in entries]))
+    observer = hd.sr.ObserverContext(codes.DCM.Device, hd.sr.DeviceObserverIdentifyingAttributes(content_uid('petvlm', 'device'), name='petvlm', model_name=petvlm.__version__))
     report = hd.sr.MeasurementReport(hd.sr.ObservationContext(observer_device_context=observer), codes.LN.PETUnspecifiedBodyRegion, [_group(e, seg, uids, sop) for e in entries], codes.DCM.ImagingMeasurementReport)
     evidence = [*([seg] if seg is not None else []), *_sources(source)]
     with _discreet(): sr = hd.sr.Comprehensive3DSR(evidence, report, content_uid('series', sop), 1001, sop, 1, is_complete=True, series_description='petvlm measurements', **_equipment())
