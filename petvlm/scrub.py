@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from pydicom.dataset import Dataset
 
 # %% auto #0
-__all__ = ['DATES', 'FAMILY', 'NAMES', 'SHAPES', 'Span', 'Scrubbed', 'bare', 'Known', 'known_from', 'scrub']
+__all__ = ['DATES', 'COMMON', 'FAMILY', 'NAMES', 'SHAPES', 'Span', 'Scrubbed', 'bare', 'Known', 'known_from', 'scrub']
 
 # %% ../nbs/05j_scrub.ipynb #bd8806f0
 @dataclass(frozen=True)
@@ -87,35 +87,40 @@ def _moved(m: re.Match, days: int) -> str:
 _UP = ''.join(c for a, b in ((0x41, 0x250), (0x1E00, 0x1F00)) for c in map(chr, range(a, b)) if c.isupper())
 _WORD = rf"[{_UP}][^\W\d_]*(?:['’-][{_UP}][^\W\d_]*)*\.?"
 _RUN = rf'(?P<name>{_WORD}(?:[ \t]+{_WORD}){{0,5}})'
-FAMILY = frozenset('an au bach bang banh bui cao chau chu chung cu cung dam dang dao dau diep dinh do doan dong duong giang ha han ho hoang huynh hua kha khong khuat kieu kim la lai lam le lo luc luong luu ly ma mac mai nghiem ngo nguy nguyen nhan ninh nong ong pham phan phi phung quach quan sam tang ta thach thai than thieu tien tieu to ton tong tra tran trieu trinh trinh truong tu ung uong van vi vo vu vuong xa yen'.split())
-_ENDS = frozenset('tuoi gioi nam nu dia ngay ma so hinh khong ket khoa phong benh lam ky nghe chan chuan tien ly do bac chi sinh dien don giuong pet ct mri fdg suv suvmax hcc k ut age sex male female date dob id mrn study exam history clinical indication findings impression report tel phone ward room bed address chup co da duoc bi vao sau truoc theo hien voi va'.split())
+COMMON = frozenset('nguyễn trần lê phạm hoàng huỳnh phan vũ võ đặng bùi đỗ hồ ngô dương lý đinh trịnh đoàn lâm trương đào lương phùng quách triệu vương nguyen tran pham hoang huynh dang bui trinh truong duong luong phung quach trieu vuong doan ngo'.split())
+FAMILY = COMMON | frozenset('mai cao hà lưu châu tạ tô tăng kiều thái tống đồng khổng nghiêm mạc tôn thạch đàm bạch chu giang hứa khúc khương lại lục mã nông ninh phí sầm tiêu trà uông viên vi âu bành cù diệp doãn lò lỗ vu le vo nghiem'.split())
+_NOBODY = frozenset('nam nữ nu k ut hcc male female pet ct mri có đã được bị không tiền sau trước đến hiện chụp ung vào theo history position is has was'.split())
+_NEXT = frozenset('tuổi giới nữ địa ngày mã số hình không kết chẩn nghề tiền chỉ tuoi gioi ngay hinh khong ket chan nghe pet ct mri fdg suv suvmax age sex male female dob id mrn study exam history clinical indication findings impression report tel phone'.split())
 
-def _name_end(m: re.Match, sure: bool) -> int | None:
-    "Where the name of `m` ends, or None where it is none. `sure`: the label alone says that a name follows."
+def _name_end(m: re.Match, first: frozenset | None, label: bool) -> int | None:
+    "Where the name of `m` ends, or None where it is none. `first`: what its first word must be; `label`: a single word before a lower-case one is the beginning of a sentence."
+    plain = lambda w: w[0].strip('.,').lower()
     words = list(re.finditer(r'\S+', m['name']))
-    keep = list(itertools.takewhile(lambda w: bare(w[0]).rstrip('.') not in _ENDS or (w.start() and w is words[-1] and len(words) == 3), words))
-    if not keep or (len(keep) == 1 and (keep[0][0].isupper() and not sure)): return None
-    if not sure and bare(keep[0][0]) not in FAMILY: return None
-    return m.start('name') + keep[-1].end() - (keep[-1][0].endswith('.') and len(keep[-1][0]) > 2)
+    if plain(words[0]) in _NOBODY or (first is not None and plain(words[0]) not in first): return None
+    keep = words[:1] + list(itertools.takewhile(lambda w: plain(w) not in _NEXT, words[1:]))
+    if len(keep) == 1 and ((label and re.match(r'[ \t]+[a-zà-ỹđ]', m.string[m.start('name') + keep[0].end():])) or (first is not None and keep[0][0].isupper())): return None
+    return m.start('name') + keep[-1].end() - (keep[-1][0][-1] == ',' or (keep[-1][0][-1] == '.' and len(keep[-1][0]) > 2))
 
 # %% ../nbs/05j_scrub.ipynb #2f5301dc
 _VI_WHO = r'họ\s*(?:và|&)?\s*tên(?:\s+(?:bệnh nhân|người bệnh|BN))?|tên\s*(?:bệnh nhân|người bệnh|BN)|bệnh nhân|người bệnh|\bBN|(?:bác s[ĩỹ]|\bBS|người|KTV)\s+(?:đọc(?:\s+kết quả)?|chỉ định|ký|điều trị|thực hiện|giới thiệu|duyệt|gửi)(?:\s+kết quả)?'
 _EN_WHO = r'patient(?:\'s)?(?:\s+name)?|\bname|(?:referring|reporting|reading|attending|ordering|interpreting)\s+(?:physician|doctor|radiologist|provider)|(?:reported|dictated|signed|referred|read|verified|approved)\s+by'
 _TITLE = r'(?:(?:PGS|GS|ThS|TS|BSCKI{1,2}|BSCK[12]|BSNT|BS|CKI{1,2}|CK[12]|KTV|ĐD|NHS|Bác s[ĩỹ]|bác s[ĩỹ]|Giáo sư|Tiến sĩ|Thạc sĩ)(?:[.:]\s*|\s*/\s*|\s+))+'
-# pattern, whether what stands before it is evidence enough
-NAMES = [(re.compile(rf'(?i:{_VI_WHO}|{_EN_WHO})\s*:\s*(?:(?:ông|bà|anh|chị|cháu|bé|Mr|Mrs|Ms)\.?\s+)?(?:{_TITLE})?{_RUN}'), True),
-         (re.compile(rf'(?i:(?:reported|dictated|signed|referred|read|verified|approved)\s+by)\s+(?:Dr\.?\s+)?{_RUN}'), True),
-         (re.compile(rf'(?i:họ\s*(?:và|&)?\s*tên|tên\s*(?:bệnh nhân|BN)|bệnh nhân|người bệnh|\bBN)\s+{_RUN}'), False),
-         (re.compile(rf'(?<![\w])(?:[Ôô]ng|[Bb]à|(?<!ình )(?<!inh )[Aa]nh|[Cc]hị|[Cc]háu)\s+(?P<name>[{_UP}][^\W\d_{_UP}]+(?:[ \t]+{_WORD}){{0,4}})'), True),
-         (re.compile(rf'(?<!\w){_TITLE}{_RUN}'), False),
-         (re.compile(rf'(?<!\w)(?:Mr|Mrs|Ms|Miss|Dr|Prof|Doctor|Professor)\.?\s+(?P<name>[{_UP}][^\W\d_{_UP}]+(?:[ \t]+{_WORD}){{0,3}})'), True),
-         (re.compile(rf'(?m:^)[ \t]*(?P<name>{_WORD}(?:[ \t]+{_WORD}){{1,4}})[ \t]*(?m:$)'), False),                         # a signature: a line of its own
-         (re.compile(rf'(?<!\w)(?P<name>{_WORD}[ \t]+(?:Văn|Thị|Van|Thi|VĂN|THỊ|VAN|THI)(?:[ \t]+{_WORD}){{1,3}})'), False)]
+_PERSON = rf'(?P<name>[{_UP}][^\W\d_{_UP}]+(?:[ \t]+{_WORD}){{0,4}})'           # not in capitals: those are abbreviations
+# pattern, what the first word must be, whether it is a label
+NAMES = [(re.compile(rf'(?i:{_VI_WHO}|{_EN_WHO})\s*:\s*(?:(?:ông|bà|anh|chị|cháu|bé|Mr|Mrs|Ms)\.?\s+)?(?:{_TITLE})?{_RUN}'), None, True),
+         (re.compile(rf'(?i:{_EN_WHO})\s*:\s*(?P<name>{_WORD},[ \t]*{_WORD}(?:[ \t]+{_WORD}){{0,2}})'), None, True),
+         (re.compile(rf'(?i:(?:reported|dictated|signed|referred|read|verified|approved)\s+by)\s+(?:Dr\.?\s+)?{_RUN}'), None, True),
+         (re.compile(rf'(?i:họ\s*(?:và|&)?\s*tên|tên\s*(?:bệnh nhân|BN)|bệnh nhân|người bệnh|\bBN)\s+{_RUN}'), FAMILY, False),
+         (re.compile(rf'(?<!\w)(?:[Ôô]ng|[Bb]à|(?<!ình )(?<!inh )[Aa]nh|[Cc]hị|[Cc]háu)\s+{_PERSON}'), None, False),
+         (re.compile(rf'(?<!\w){_TITLE}{_RUN}'), FAMILY, False),
+         (re.compile(rf'(?<!\w)(?:[Bb]ác s[ĩỹ]\s+|BS\.\s*|(?:Mr|Mrs|Ms|Miss|Dr|Prof|Doctor|Professor)\.?\s+){_PERSON}'), None, False),
+         (re.compile(rf'(?m:^)[ \t]*(?P<name>{_WORD}(?:[ \t]+{_WORD}){{1,4}})[ \t]*(?m:$)'), COMMON, False),                      # a signature: a line of its own
+         (re.compile(rf'(?<!\w)(?P<name>{_WORD}[ \t]+(?:Văn|Thị|Van|Thi|VĂN|THỊ|VAN|THI)(?:[ \t]+{_WORD}){{1,3}})'), FAMILY, False)]
 
 def _named(text: str) -> Iterator[tuple[int, int, str, str]]:
-    for pattern, sure in NAMES:
+    for pattern, first, label in NAMES:
         for m in pattern.finditer(text):
-            end = _name_end(m, sure)
+            end = _name_end(m, first, label)
             if end: yield m.start('name'), end, 'NAME', '[NAME]'
 
 # %% ../nbs/05j_scrub.ipynb #d738d826
@@ -160,7 +165,7 @@ def _is_name(text: str, run: list, name: tuple[str, ...]) -> bool:
 
 # %% ../nbs/05j_scrub.ipynb #0cc6406d
 _VALUE = r'(?P<it>(?=[\w./-]*\d)[A-Za-zĐđ0-9][\w./-]*\w)'
-_ID_LABEL = (r'mã\s*(?:số\s*)?(?:BN|bệnh nhân|người bệnh|hồ sơ|y tế|bệnh án|phiếu|chỉ định|ca)|số\s*(?:hồ sơ|bệnh án|HSBA|BA|vào viện|BHYT|thẻ(?: BHYT)?|CMND|CCCD|phiếu|căn cước)|\bCCCD|\bCMND|\bBHYT|\bHSBA|\bSHS'
+_ID_LABEL = (r'mã\s*(?:số\s*)?(?:BN|bệnh nhân|người bệnh|hồ sơ|y tế|bệnh án|phiếu|chỉ định|ca)|số\s*(?:hồ sơ|bệnh án|HSBA|(?-i:BA)|vào viện|BHYT|thẻ(?: BHYT)?|CMND|CCCD|phiếu|căn cước)|\bCCCD|\bCMND|\bBHYT|\bHSBA|\bSHS'
              r'|\bMRN|\bPID|patient\s*(?:ID|no|number)|accession(?:\s*(?:no|number|#))?|medical\s+record(?:\s+(?:no|number))?|hospital\s+(?:no|number)|study\s+ID|insurance\s+(?:no|number)')
 _PHONE = r'(?P<it>\+?\(?\d[\d .()-]{6,16}\d)'
 _CAPS = rf'[{_UP}][^\W\d_]*(?:[ ]+(?:[{_UP}][^\W\d_]*|\d{{1,2}}))*'
@@ -191,7 +196,7 @@ def _exact(text: str, values, label: str) -> Iterator[tuple[int, int, str, str]]
 # %% ../nbs/05j_scrub.ipynb #8cbb7785
 def _dated(text: str, days: int | None) -> Iterator[tuple[int, int, str, str]]:
     for p in DATES:
-        for m in p.finditer(text): yield *m.span(), 'DATE', '[DATE]' if days is None else _moved(m, days)
+        for m in p.finditer(text): yield *m.span(0 if m.re is not DATES[-1] else 'y'), 'DATE', '[DATE]' if days is None or m.re is DATES[-1] else _moved(m, days)
 
 def _chosen(found: Iterable[tuple[int, int, str, str]]) -> list[tuple[int, int, str, str]]:
     "Spans without overlap, the longer first, then in order."
