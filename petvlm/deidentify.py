@@ -182,7 +182,7 @@ def _words(ds: Dataset) -> set[str]:
     "Names and numbers in `ds`, at any depth, case folded."
     words = set()
     for elem in ds.iterall():
-        if elem.VR == 'PN': words |= {w.casefold() for w in re.findall(r'[^\W\d_]{3,}', str(elem.value))}
+        if elem.VR == 'PN': words |= {w.casefold() for part in re.split(r'[\^=\s\\]+', str(elem.value)) for w in ([part] if re.search(r'\d', part) else re.findall(r'[^\W\d_]{3,}', part)) if len(w) >= 3}
         elif elem.keyword in _NUMBERS_OF and len(str(elem.value).strip()) >= 4: words.add(str(elem.value).strip().casefold())
     return words
 
@@ -214,8 +214,8 @@ METHOD = {'113100': 'Basic Application Confidentiality Profile', '113107': 'Reta
 def _declare(ds: Dataset, pseudonym: str) -> None:
     "Who it is now, and what was done (PS3.15 E.1.1, steps 6 and 7)."
     code = lambda value, meaning: (item := Dataset(), item.update(dict(CodeValue=value, CodingSchemeDesignator='DCM', CodeMeaning=meaning)))[0]
-    age = str(ds.get('PatientAge') or '')
-    if re.fullmatch(r'\d{3}Y', age) and int(age[:3]) > 89: ds.PatientAge = '090Y'        # few are older: 45 CFR 164.514(b)(2)(i)(C)
+    age = re.fullmatch(r'(\d{3})[DWMY]', str(ds.get('PatientAge') or '').strip())
+    if 'PatientAge' in ds: ds.PatientAge = '' if not age else '090Y' if age[0][-1] == 'Y' and int(age[1]) > 89 else age[0]        # few are older: 45 CFR 164.514(b)(2)(i)(C)
     ds.update(dict(PatientID=pseudonym, PatientName=pseudonym, PatientIdentityRemoved='YES', LongitudinalTemporalInformationModified='MODIFIED', DeidentificationMethod=f'petvlm: {EDITION}',
                    DeidentificationMethodCodeSequence=[code(*m) for m in METHOD.items()]))
 

@@ -47,8 +47,10 @@ def _single(elem) -> Iterator[object]:
     yield from elem.value if isinstance(elem.value, (MultiValue, list)) else [elem.value]
 
 def _add_name(who: Identity, name) -> None:
-    "All component groups of a person's name: alphabetic, ideographic, phonetic."
-    who.words |= {w.casefold() for w in re.findall(r'[^\W\d_]+', str(name)) if len(w) >= (3 if w.isascii() else 2)}
+    "All component groups of a person's name: alphabetic, ideographic, phonetic. With figures in it (a trial's 'ACRIN-NSCLC-FDG-PET-042') a part is a number and stays whole."
+    for part in re.split(r'[\^=\s]+', str(name)):
+        if re.search(r'\d', part): who.values |= {part.casefold()} if len(part) >= 4 else set()
+        else: who.words |= {w.casefold() for w in re.findall(r'[^\W\d_]+', part) if len(w) >= (3 if w.isascii() else 2)}
     stored = getattr(name, 'original_string', b'') or b''
     if isinstance(stored, bytes): who.raw |= {w for w in re.split(rb'[\^=\s]+', stored) if len(w) >= 4}
 

@@ -61,7 +61,7 @@ def bare(text: str) -> str:
 # %% ../nbs/05j_scrub.ipynb #3563a24e
 _MONTHS = {m: i % 12 + 1 for i, m in enumerate('january february march april may june july august september october november december jan feb mar apr may jun jul aug sep oct nov dec'.split())} | {'sept': 9}
 _MONTH = '(?P<word>' + '|'.join(sorted(_MONTHS, key=len, reverse=True)) + r')\.?'
-_Y4, _D, _M, _A, _Z = r'(?P<y>(?:19|20)\d\d)', r'(?P<d>0?[1-9]|[12]\d|3[01])', r'(?P<m>0?[1-9]|1[0-2])', r'(?<![\w.,/-])', r'(?![\w/]|[.,-]\d)'
+_Y4, _D, _M, _A, _Z = r'(?P<y>(?:19|20)\d\d)', r'(?P<d>0?[1-9]|[12]\d|3[01])', r'(?P<m>0?[1-9]|1[0-2])', r'(?<![\w.,/-])', r'(?![\w/]|[.,-]\d|\s*(?:mm|cm|ml|%))'
 _Y = r'(?P<y>(?:19|20)\d\d|\d\d)'
 DATES = [re.compile(p, re.I) for p in (
     rf'{_A}{_D}\s+tháng\s+{_M}(?:,?\s+năm\s+{_Y4})?{_Z}', rf'{_A}{_Y4}[-/.]{_M}[-/.]{_D}{_Z}', rf'{_A}{_D}[/]{_M}[/]{_Y}{_Z}', rf'{_A}{_D}(?P<sep>[-.]){_M}(?P=sep){_Y4}{_Z}',
@@ -170,7 +170,7 @@ _ID_LABEL = (r'mã\s*(?:số\s*)?(?:BN|bệnh nhân|người bệnh|hồ sơ|y t
 _PHONE = r'(?P<it>\+?\(?\d[\d .()-]{6,16}\d)'
 _CAPS = rf'[{_UP}][^\W\d_]*(?:[ ]+(?:[{_UP}][^\W\d_]*|\d{{1,2}}))*'
 SHAPES = [(label, re.compile(p)) for label, p in (
-    ('ID', rf'(?i:{_ID_LABEL})(?i:\s+số)?\s*[.:#]*\s*{_VALUE}'), ('ID', rf'(?<!\w)(?:ID|Mã|Số)\s*[:#]\s*{_VALUE}'),
+    ('ID', rf'(?i:{_ID_LABEL})(?i:\s+số)?\s*[.:#]*\s*{_VALUE}'), ('ID', rf'(?<!\w)(?:ID|Mã)\s*[:#]\s*{_VALUE}'),
     ('ID', r'(?<![\w.,])(?P<it>\d+(?:\.\d+){5,})(?![\w])'), ('ID', r'(?<![\w.,/-])(?P<it>[A-Z]{2}\d{13}|\d{12})(?![\w,/]|\.\d)'),
     ('PHONE', rf'(?i:điện thoại|\bSĐT|\bĐT|\bSDT|\btel|telephone|\bphone|\bmobile|\bfax|hotline)(?i:\s*(?:liên hệ|số|no))?\s*[.:]*\s*{_PHONE}'),
     ('PHONE', r'(?<![\w.,/-])(?P<it>(?:\+84[ .-]?|0)[35789]\d(?:[ .-]?\d){7})(?![\w,/]|[.-]\d)'),

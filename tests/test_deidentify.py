@@ -13,10 +13,10 @@ from petvlm.deidproof import ProofError, prove
 from petvlm.dicom import read_series
 from petvlm.reports import parse, write_report
 from petvlm.scrub import Known, known_from, scrub
-from test_dicom import CASES, pet, slice_
+from test_dicom import CASES, SHARED, pet, slice_, unpack
 
 KEY = Key(b'0123456789abcdef-test')
-REPORTS = Path(__file__).resolve().parents[2]/'shared'/'data'/'reports_vi'/'pairs.json'
+REPORTS = SHARED/'reports_vi'/'pairs.json'
 PT = '1.2.840.10008.5.1.4.1.1.128'
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -40,6 +40,27 @@ def test_suv_is_the_same_in_every_case(case, tmp_path):
     np.testing.assert_allclose(read_series(tmp_path/'out').data, 1000*expected, rtol=2e-5)
     proof = prove(tmp_path/'in', tmp_path/'out')
     assert (proof.series, proof.refused_alike, proof.voxels) == (1, 0, 2*6*8)
+
+
+def test_a_trial_number_is_no_word(tmp_path):
+    "The net and the proof take 'FDG' out of no tracer because a trial put it into its numbers."
+    source(tmp_path, n=2, PatientName='TRIAL-FDG-PET-042', PatientID='TRIAL-FDG-PET-042'); run(tmp_path)
+    ds = pydicom.dcmread(next((tmp_path/'out').rglob('*.dcm')))
+    assert ds.RadiopharmaceuticalInformationSequence[0].Radiopharmaceutical == 'FDG' and prove(tmp_path/'in', tmp_path/'out').series == 1
+
+
+@pytest.mark.slow
+def test_a_real_study(tmp_path):
+    "GE Discovery ST, two PETs and a CT, 24 slices of each, some 130 private tags a slice."
+    from collections import defaultdict
+    archive = SHARED/'petct'/'acrin_nsclc_042.tar.xz'
+    unpack(archive, tmp_path/'all'); (tmp_path/'in').mkdir(); series = defaultdict(list)
+    for p in (tmp_path/'all').rglob('*'):
+        if p.is_file() and p.suffix not in ('.gz', '.json'): ds = pydicom.dcmread(p, stop_before_pixels=True); series[ds.SeriesInstanceUID].append((float(ds.ImagePositionPatient[2]), p))
+    for i, found in enumerate(series.values()):
+        for z, p in sorted(found)[40:64]: shutil.copy(p, tmp_path/'in'/f'{i}_{z:.2f}')
+    report, proof = run(tmp_path), prove(tmp_path/'in', tmp_path/'out')
+    assert (report['written'], report['left_out'], report['series']) == (72, 0, 3) and (proof.series, proof.refused_alike, proof.files) == (2, 1, 72)
 
 
 def test_what_is_refused_before_is_refused_after(tmp_path):
@@ -124,7 +145,7 @@ def test_the_dictionary_is_large():
     assert len(TEXTS) > 700
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(PLACES, st.integers(0, 2**32 - 1))
 def test_a_name_in_any_text_of_the_standard_is_gone(places, number):
     ds = Dataset(); ds.update(dict(SOPClassUID=PT, SOPInstanceUID='1.2.3.4.5', PatientID=f'ID{number:010}', PatientName='Zvi^Quenby', Modality='PT'))
@@ -286,7 +307,7 @@ SCRUBBED = [
     ('SĐT: 0912 345 678', 'SĐT: [PHONE]'), ('gọi 0987654321', 'gọi [PHONE]'), ('Tel +84 24 3869 3731', 'Tel [PHONE]'), ('Điện thoại: (024) 38.693.731', 'Điện thoại: [PHONE]'), ('a.b@hospital.vn', '[EMAIL]'),
     ('Địa chỉ: số 5 ngõ 10 phố Huế, Hà Nội\nChẩn đoán', 'Địa chỉ: [ADDRESS]\nChẩn đoán'), ('xã Hòa Bình, huyện Kim Bảng, tỉnh Hà Nam', 'xã [ADDRESS], huyện [ADDRESS], tỉnh [ADDRESS]'), ('lives at 221 Baker Street', 'lives at [ADDRESS]'),
     ('93 tuổi', '[AGE] tuổi'), ('aged 91', 'aged [AGE]'), ('a 92-year-old man', 'a [AGE]-year-old man')]
-KEPT = ['SUVmax: 5,3', 'SUVmax 12.4', 'kích thước 12 x 8 mm', '12x8x7 mm', 'L4/5', 'C7', 'T1-T12', 'D4 D6', 'nhóm IIB, III', 'G 68 Ga', '68Ga-PSMA-11', 'F-18 FDG 370 MBq', 'Y90', 'ảnh 112/350', 'series 3, image 45', 'Deauville 4/5',
+KEPT = ['SUVmax: 5,3', 'SUVmax 12.4', 'kích thước 12 x 8 mm', '12x8x7 mm', '12/8/10 mm', 'Số: 12 mm', 'L4/5', 'C7', 'T1-T12', 'D4 D6', 'nhóm IIB, III', 'G 68 Ga', '68Ga-PSMA-11', 'F-18 FDG 370 MBq', 'Y90', 'ảnh 112/350', 'series 3, image 45', 'Deauville 4/5',
         'năm 2019', '65 tuổi', '89 tuổi', 'Bệnh nhân nam 65 tuổi', 'BN nữ', 'BN K phổi trái', 'BN HCC đã TACE', 'Bệnh nhân: Nam', 'Bệnh nhân Nam', 'TS: viêm gan B', 'TS Viêm gan', 'hình ảnh Hạch cổ', 'Hinh anh Hach co trai', 'ống mật chủ', 'chú ý', 'bà mẹ',
         '1/3 trên thực quản', 'tỉ lệ 3/10', '10-12 mm', 'Patient History: none', 'patient no acute disease', 'Bệnh nhân: Hạch cổ trái 10 mm', 'ĐỈNH PHỔI\nĐỘNG MẠCH CHỦ\nTHẬN TRÁI\nTÁ TRÀNG', 'HU: -120 đến 45', '3.5-4.2', '120 kV, 45 mAs', 'T2N1M0',
         'hạch 10R, 4L', 'Gleason 4+3', 'PSA 12,45 ng/ml', '0,35 g', 'C34.1', 'vị trí 12 giờ', 'sau 12 tháng', '3 tháng trước', '6 đợt hóa trị', 'nốt số ba 10 mm', 'Số lượng 3', 'liều 0.0912 mSv', 'SUVmax: 3,1) ở hố nách', 'BS: bổ sung']
@@ -318,7 +339,7 @@ def test_dates_of_a_report_move_with_the_images(text, expected):
     assert scrub(text, days=-1).text == expected
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25, derandomize=True, deadline=None, database=None)
 @given(st.integers(0, 10**6), st.sampled_from(['vi', 'en']), st.booleans())
 def test_findings_are_read_as_before(seed, language, loose):
     from petvlm.findings import Finding
