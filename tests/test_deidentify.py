@@ -273,8 +273,9 @@ def kanji(ds): ds.SpecificCharacterSet = 'ISO_IR 192'; ds.ConvolutionKernel = 'å
 def bright(ds): ds.RescaleSlope = '1.001'
 def moved(ds): ds.PixelSpacing = [4, 5.01]
 def pixels(ds): ds.PixelData = bytes(len(ds.PixelData))
+def renamed(ds): ds.PatientID = 'another'
 def undeclared(ds): del ds.PatientIdentityRemoved
-SPOILS = [private, hidden, preamble, overlay, dated, strange, kanji, bright, moved, pixels, undeclared]
+SPOILS = [private, hidden, preamble, overlay, dated, strange, kanji, bright, moved, pixels, renamed, undeclared]
 
 
 @pytest.fixture(scope='module')
