@@ -61,7 +61,7 @@ def collect(ds: Dataset, who: Identity) -> Identity:
             for value in _single(elem):
                 text = str(value).strip('\0 ')
                 if elem.VR == 'PN': _add_name(who, value)
-                elif elem.VR == 'UI' and text and not text.startswith(STANDARD_UID): who.uids.add(text)
+                elif elem.VR == 'UI' and text and not text.startswith(STANDARD_UID) and elem.keyword != 'ImplementationClassUID': who.uids.add(text)     # that one names a program
                 elif elem.VR in ('DA', 'DT') and re.match(r'\d{8}', text.replace('.', '')): who.dates.add(text.replace('.', '')[:8])
                 elif elem.VR in TEXT and WHO.search(elem.keyword or '') and len(text) >= 4: who.values.add(text.casefold())
     return who
@@ -103,7 +103,9 @@ def _originals(before: list[_File], after: list[_File]) -> dict[str, str]:
         if f.mark not in owners: raise ProofError(f"{f.path.name}: no original has the same pixels, place and number; was it changed, or is `before` another folder?")
         new = _patient(f); found[new] = found[new] & owners[f.mark] if new in found else owners[f.mark]
     if wrong := [n for n, o in found.items() if len(o) != 1]: raise ProofError(f"{wrong[0]} matches {len(found[wrong[0]])} original patients; prove one patient at a time")
-    return {new: next(iter(old)) for new, old in found.items()}
+    patients = {new: next(iter(old)) for new, old in found.items()}
+    if len(set(patients.values())) < len(patients): raise ProofError(f"{len(patients)} new patients stand for {len(set(patients.values()))} original ones; was one key used throughout?")
+    return patients
 
 # %% ../nbs/05k_deidproof.ipynb #a7f14315
 def _texts(ds: Dataset) -> Iterator[tuple[str, str]]:
