@@ -10,15 +10,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
 from .config import ConfigError, find_root, load_params, resolve
+from .deidentify import Key, deidentify
+from .deidproof import prove
 from .graph import last_nodes, plan
 from .own import Seen, survey
 from .phantom import make_data
 from .sources import SourceError
+from .suv import DicomError
 from .viewer import clean
 
 # %% auto #0
 __all__ = ['ALWAYS', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
-           'make_data_folder', 'lock_text', 'study', 'seen_text', 'check', 'main']
+           'make_data_folder', 'lock_text', 'study', 'seen_text', 'check', 'hand_out', 'main']
 
 # %% ../nbs/40_cli.ipynb #254f6aee
 def set_scale(scale: str, root: Path) -> None:
@@ -152,19 +155,28 @@ def check(folder: str) -> int:
     sys.stdout.write(f'{usable} of {total} studies can be used\n')
     return int(not usable)
 
-# %% ../nbs/40_cli.ipynb #ea7b9470
+# %% ../nbs/40_cli.ipynb #eba85faf
+def hand_out(folder: str, out: str, key: str) -> None:
+    "De-identify `folder` into `out` with the key file `key`, prove it, and write what was done. Raises `ConfigError` for missing arguments, and what `petvlm.deidentify.deidentify` and `petvlm.deidproof.prove` raise."
+    if not (folder and out and key): raise ConfigError("deidentify needs two folders and a key: python -m petvlm.cli deidentify <folder> --out <new folder> --key <file>")
+    report = deidentify(folder, out, Key.read(key))
+    sys.stdout.write(f"{report['written']} files written, {report['left_out']} left out {report['reasons'] or ''}; report in {Path(out)/'report.json'}\n")
+    proof = prove(folder, out)
+    sys.stdout.write(f"proven: {proof.series} series equal in {proof.voxels} voxels, none of {proof.identifiers} identifiers found\n")
+
+# %% ../nbs/40_cli.ipynb #ca88ce26
 COMMANDS = {'repro': lambda a: repro(a.jobs), 'data': lambda a: make_data_folder(), 'plan': lambda a: write_plan(a.scale),
             'lock': lambda a: (find_root()/'requirements.txt').write_text(lock_text(), encoding='utf-8'),
-            'check': lambda a: check(a.dicom), 'study': lambda a: sys.stdout.write(f'{study(a.dicom, a.out, a.scale or load_params()["scale"], a.point)}\n')}
+            'check': lambda a: check(a.dicom), 'deidentify': lambda a: hand_out(a.dicom, a.out, a.key), 'study': lambda a: sys.stdout.write(f'{study(a.dicom, a.out, a.scale or load_params()["scale"], a.point)}\n')}
 
 def main(args=None) -> int:
-    "`python -m petvlm.cli <command>`; a mistake in the configuration is one line, not a traceback."
+    "`python -m petvlm.cli <command>`; a mistake in the configuration or in DICOM is one line, not a traceback."
     parser = argparse.ArgumentParser(prog='petvlm')
     parser.add_argument('command', choices=sorted(COMMANDS)); parser.add_argument('dicom', nargs='?', default='')
-    parser.add_argument('--scale', default=''); parser.add_argument('--jobs', type=int, default=0); parser.add_argument('--out', default=''); parser.add_argument('--point', default='vipet')
+    parser.add_argument('--scale', default=''); parser.add_argument('--jobs', type=int, default=0); parser.add_argument('--out', default=''); parser.add_argument('--point', default='vipet'); parser.add_argument('--key', default='')
     a = parser.parse_args(args)
     try: code = COMMANDS[a.command](a)
-    except ConfigError as e: sys.stderr.write(f'petvlm: {e}\n'); return 1
+    except (ConfigError, DicomError) as e: sys.stderr.write(f'petvlm: {e}\n'); return 1
     return code if a.command in ('repro', 'check') else 0
 
 # %% ../nbs/40_cli.ipynb #2356deae

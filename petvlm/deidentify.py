@@ -27,7 +27,7 @@ __all__ = ['TABLE', 'EDITION', 'STANDARD_UID', 'SAFE_PRIVATE', 'METHOD', 'Deiden
 # %% ../nbs/05i_deidentify.ipynb #23a513c6
 class DeidentifyError(DicomError): "De-identification that cannot start or did not succeed; the message names what was found and what to do, never a patient."
 
-TABLE = Path(find_spec('petvlm').submodule_search_locations[0])/'published'/'dicom_ps315_e1_1.csv'
+TABLE = Path(find_spec('petvlm').submodule_search_locations[0])/'standards'/'dicom_ps315_e1_1.csv'
 EDITION = 'PS3.15 Table E.1-1, 2026c'
 
 @cache

@@ -367,3 +367,14 @@ def test_real_reports_keep_every_finding():
     assert len(texts) == 46 and sum((d.counts.get('DATE', 0) for d in done)) == 8 and all(set(d.counts) <= {'DATE'} for d in done)
     assert all(re.fullmatch(r'\d{1,2}/20\d\d', t[s.start:s.end]) for t, d in zip(texts, done) for s in d.spans)
     assert [facts(d.text) for d in done] == [facts(t) for t in texts]
+
+
+def test_the_command_proves_what_it_writes(tmp_path, capsys):
+    from petvlm.cli import main
+    pet(folder := tmp_path/'in' if (tmp_path/'in').mkdir() is None else None)
+    (tmp_path/'key').write_bytes(b'k'*32)
+    assert main(['deidentify', str(folder), '--out', str(tmp_path/'out'), '--key', str(tmp_path/'key')]) == 0
+    said = capsys.readouterr().out
+    assert '4 files written, 0 left out' in said and 'proven: 1 series equal' in said
+    assert main(['deidentify', str(folder)]) == 1 and '--key' in capsys.readouterr().err
+    assert main(['deidentify', str(folder), '--out', str(tmp_path/'out2'), '--key', str(tmp_path/'none')]) == 1 and 'no key file' in capsys.readouterr().err
