@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 import numpy as np
 import pydicom
-from .dicom import TOLERANCE_MM, DicomError, SeriesInfo, tag_name
+from .dicom import DicomError, SeriesInfo, tag_name
+from .geometry import TOLERANCE_MM
 from .volume import Volume, resample
 
 # %% auto #0
