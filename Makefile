@@ -39,9 +39,9 @@ plan: env
 repro: plan data
 	$(BIN)/python -m petvlm.cli repro
 
-# Two tests at a time, each on one core; those that share an expensive fixture stay together (xdist_group).
+# Two files of tests at a time, each on one core.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

@@ -4,7 +4,6 @@ from pathlib import Path
 import pandas as pd, pytest, yaml
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group('pipeline')
 
 def run(clone: Path, *args: str, **kw) -> str:
     "A command in the clone, with the clone's own package; its output. Fails with the last lines when the command does."
