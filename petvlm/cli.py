@@ -128,7 +128,7 @@ def lock_text() -> str:
 def study(dicom: str, out: str, scale: str, point: str) -> Path:
     "Run `nbs/pipeline/study.ipynb` on the folder `dicom`; the page is written to `out`, the executed notebook to `reports/`."
     root = find_root()
-    if not Path(dicom).is_dir(): raise ConfigError(f"{dicom}: no such folder; give one that holds a PET and a CT series")
+    if not Path(dicom).exists(): raise ConfigError(f"{dicom}: no such folder; give one (or a zip archive, or a DICOMDIR) that holds a PET and a CT series")
     target = Path(out) if out else root/'reports'/f'study-{Path(dicom).resolve().name}.html'
     papermill.execute_notebook(root/'nbs/pipeline/study.ipynb', root/'reports'/f'{target.stem}.ipynb',
                                parameters=dict(dicom=str(Path(dicom).resolve()), out=str(target.resolve()), scale=scale, point=point), cwd=root)

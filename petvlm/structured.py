@@ -216,6 +216,8 @@ def write_sr(entries: list[Entry], source: SeriesInfo, path, seg=None) -> Path:
     `source`: the PET series measured. `seg`: the file of `write_seg` for the same series, needed where an entry has a lesion: its segment number is the lesion's label. SUV in g/ml, volume in cm3 (= ml), TLG in g, lengths in mm (UCUM).
     **Patient and study identifiers are copied from the source headers, as the standard demands of clinical objects.** Dates are the source series'; the report is marked unverified. Raises `StructuredError` for no entries, equal names,
     a lesion without its segment, a SEG of another study. Source: PS3.16 TID 1500, 1411, 1501, CID 7466; PS3.3 A.35.13; written by highdicom."""
+    other = next((e for e in entries if e.lesion and e.lesion.unit != 'SUVbw'), None)
+    if other: raise StructuredError(f"{other.name}: measured in {other.lesion.unit}, expected SUVbw, the only SUV that is written; measure the SUVbw volume")
     entries = list(entries); names = [e.name for e in entries]; _stamp(source)
     if not entries or len(set(names)) < len(names): raise StructuredError(f"{len(entries)} entries with {len(set(names))} different names; expected at least one, each with its own name")
     seg = None if seg is None else hd.seg.segread(seg)

@@ -69,7 +69,7 @@ def test_what_cannot_be_projected_says_why(make):
 # ---- slots
 @pytest.mark.parametrize('slot', SLOTS)
 def test_an_unknown_kind_is_refused_with_those_there_are(slot):
-    with pytest.raises(SlotError, match=sorted(SLOTS[slot])[0]): build(slot, 'resnet')
+    with pytest.raises(SlotError, match=sorted(SLOTS[slot])[0]): build(slot, 'no such kind')
 
 def test_lattices_follow_the_tokens_from_encoder_to_language_model():
     enc = build('encode', 'dcformer', image_size=(32, 32, 48), dims=(8, 8, 16, 32), blocks=(1, 1, 1), kernels=(5, 3, 3), stride=2, taps=2)
