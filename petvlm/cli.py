@@ -20,7 +20,7 @@ from .suv import DicomError
 from .viewer import clean
 
 # %% auto #0
-__all__ = ['ALWAYS', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
+__all__ = ['ALWAYS', 'PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
            'make_data_folder', 'lock_text', 'study', 'seen_text', 'check', 'hand_out', 'main']
 
 # %% ../nbs/40_cli.ipynb #254f6aee
@@ -72,14 +72,16 @@ def lanes() -> int:
     import torch
     return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
+PASSING = ('Unable to acquire lock', 'is busy', 'Kernel died before replying')    # a kernel whose port was taken between choosing and binding it
+
 def _dvc(targets: list[str], threads: int, root: Path, tries: int = 60) -> int:
-    "One `dvc repro` with `threads` per process; waits its turn while another one holds the repository's lock."
+    "One `dvc repro` with `threads` per process; tries again where another one holds the repository's lock, or a kernel did not start."
     env = os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     for _ in range(tries):
         run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         busy = False
         for line in run.stdout:
-            busy |= 'Unable to acquire lock' in line or 'is busy' in line
+            busy |= any(sign in line for sign in PASSING)
             sys.stdout.write(line); sys.stdout.flush()
         if run.wait() == 0 or not busy: return run.returncode
         time.sleep(5)

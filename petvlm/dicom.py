@@ -8,7 +8,7 @@ import hashlib, logging, re
 from dataclasses import dataclass
 from datetime import datetime
 import numpy as np
-from .dicomfile import GeometryError, Pixels, lossy
+from .dicomfile import GeometryError, Pixels, native, lossy
 from .geometry import placed
 from .series import SeriesInfo, SeriesList, find_series, split_series
 from .suv import DicomError, SUVError, SUVProvenance, suv_factor, tag_name
@@ -41,8 +41,10 @@ def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
     for slab, i, f in zip(out, order, factor):
         name = series.name(i)
         slope, intercept = _rescale(series.headers[i], name)
-        if pixels is None or pixels.path != series.files[i]: pixels = Pixels(series.files[i])
-        stored = pixels[series.frames[i] if series.frames else 0]
+        stored = native(series.files[i], series.headers[i])
+        if stored is None:
+            if pixels is None or pixels.path != series.files[i]: pixels = Pixels(series.files[i])
+            stored = pixels[series.frames[i] if series.frames else 0]
         if stored.shape != slab.shape: raise DicomError(f"{name} has {stored.shape} pixels, expected {slab.shape}; colour images are not read")
         _check_span(stored, series.headers[i], name)
         np.multiply(stored, np.float32(slope*f), out=slab, casting='unsafe')

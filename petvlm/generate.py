@@ -49,12 +49,13 @@ def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tup
     "The model's answers to `asked`, pairs of (row, question), under an arm of `ARMS`."
     model.eval()
     other, texts = other_patient(rows, seed), [''] * len(asked)
-    order = sorted(range(len(asked)), key=lambda k: len(asked[k][1]))
+    order = sorted(range(len(asked)), key=lambda k: asked[k][0])                     # questions about one image in one batch: it is read once
     for start in tqdm(range(0, len(order), batch), desc=arm, unit='batch', disable=not progress):
         part = order[start:start + batch]
-        images = {n: torch.from_numpy(np.stack([ARMS[arm](rows, other, asked[k][0], n, seed) for k in part]))[:, None].to(model.device) for n in model.reads}
+        shown, which = np.unique([asked[k][0] for k in part], return_inverse=True)
+        images = {n: torch.from_numpy(np.stack([ARMS[arm](rows, other, i, n, seed) for i in shown]))[:, None].to(model.device) for n in model.reads}
         prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
-        ids = model.generate(**prompts, images=images, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
+        ids = model.generate(**prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
                              pad_token_id=processor.tokenizer.pad_token_id)
         for k, text in zip(part, processor.decode(ids)): texts[k] = text
     return texts

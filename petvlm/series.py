@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 from pydicom.datadict import tag_for_keyword
 from .archive import Room, is_dicomdir, referenced, unpack
-from .dicomfile import DAMAGE, Pixels, Unreadable, is_image, read_header
+from .dicomfile import DAMAGE, Pixels, Unreadable, is_image, native, read_header
 from .multiframe import ENHANCED, frames
 from .suv import DicomError, attenuation_corrected, tag_name
 
@@ -51,7 +51,8 @@ class SeriesInfo:
 
     def stored(self, i: int) -> np.ndarray:
         "Stored values (H, W) of slice `i`."
-        return Pixels(self.files[i])[self.frames[i] if self.frames else 0]
+        found = native(self.files[i], self.headers[i])
+        return Pixels(self.files[i])[self.frames[i] if self.frames else 0] if found is None else found
 
     def __len__(self) -> int: return len(self.files)
 

@@ -107,12 +107,22 @@ def adapt(self: PetVLM, args: dict) -> None:
     self.config.lora, self.lm = dict(args), lora(self.lm, **args)
     self.tie_weights()
 
+def _frozen(m: nn.Module, found: set) -> tuple[bool, bool]:
+    "Adds to `found` the modules at and below `m` that belong to a part with parameters or buffers none of which moves. Returns whether `m` holds any, and whether any moves."
+    below = [_frozen(c, found) for c in m.children()]
+    holds = any(t is not None for t in (*m._parameters.values(), *m._buffers.values())) or any(h for h, _ in below)
+    moves = any(p is not None and p.requires_grad for p in m._parameters.values()) or any(v for _, v in below)
+    if holds and not moves: found.update(m.modules())
+    return holds, moves
+
 @patch
 def train(self: PetVLM, mode: bool = True) -> PetVLM:
-    "Training mode for the parts that hold a moving parameter; frozen ones stay in evaluation mode, so their codebooks and batch statistics do not move."
+    "Training mode for the parts that hold a moving parameter; frozen ones stay in evaluation mode, so their codebooks and batch statistics do not move. Modules with nothing to learn or to remember (dropout, activations) follow the part they are in."
+    still = set()
+    if mode: _frozen(self, still)
+    if all(m.training == (mode and m not in still) for m in self.modules()): return self        # `Trainer` asks before every step
     super(PetVLM, self).train(mode)
-    for m in self.modules():   # modules with nothing to learn or to remember (dropout, activations) follow the rest
-        if mode and [*m.parameters(), *m.buffers()] and not any(p.requires_grad for p in m.parameters()): m.train(False)
+    for m in still: m.train(False)
     return self
 
 # %% ../nbs/17_vlm.ipynb #cb4b5bc4
@@ -192,9 +202,10 @@ def forward(self: PetVLM, input_ids: Tensor | None = None, attention_mask: Tenso
 
 @patch
 @torch.no_grad()
-def generate(self: PetVLM, input_ids: Tensor, attention_mask: Tensor | None = None, truth: Tensor | None = None, images: dict | None = None, **kw) -> Tensor:
-    "New token ids `(B, T)` after left-padded prompts `input_ids` (B, S)."
-    embeds = self.embed(input_ids, self.image_tokens(images or {}, truth))
+def generate(self: PetVLM, input_ids: Tensor, attention_mask: Tensor | None = None, truth: Tensor | None = None, images: dict | None = None, which: Tensor | None = None, **kw) -> Tensor:
+    "New token ids `(B, T)` after left-padded prompts `input_ids` (B, S). `which` (B,): the image that each prompt is about, where several are about the same one."
+    seen = self.image_tokens(images or {}, truth)
+    embeds = self.embed(input_ids, seen if which is None else seen.replace(seen.x[which]))
     ids = self.lm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kw)
     return ids[:, 1:] if self.lm.config.is_encoder_decoder else ids                # without the token that starts a decoder
 

@@ -2,7 +2,7 @@
 import csv, dataclasses, functools, json, re, shutil
 from pathlib import Path
 import nbformat, numpy as np, pydicom, pytest
-from nbclient import NotebookClient
+from kernels import run
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from petvlm.cli import main
@@ -354,5 +354,4 @@ def test_a_region_that_the_ct_does_not_cover(written, tmp_path, caplog):
 # ---- the page for whoever runs the archive ----
 
 def test_the_notebook_from_an_empty_folder_to_a_draft():
-    path = ROOT/'nbs/own_data.ipynb'
-    NotebookClient(nbformat.read(path, 4), timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    run(ROOT/'nbs/own_data.ipynb')
