@@ -5,15 +5,17 @@
 # %% ../nbs/09_datasets.ipynb #dc1754e7
 from __future__ import annotations
 import json
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
 from .findings import LESIONS, ORGANS, REGIONS, Finding
+from .m3dvqa import PHASES, PLANES
 from .prepare import standardise, usual_of
 
 # %% auto #0
 __all__ = ['LABELS', 'INDEX', 'VIEWS', 'NO_PLACE', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows',
-           'placed', 'lattice_truth', 'truths', 'Items']
+           'placed', 'about', 'lattice_truth', 'truths', 'Items']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -74,13 +76,17 @@ def placed(record: dict) -> bool:
 
 # %% ../nbs/09_datasets.ipynb #fae05689
 SIZE_SCALE = 30.  # mm
-FACETS = (*dict.fromkeys(word for label in LABELS for word in label if word), *REGIONS)
+FACETS = (*dict.fromkeys(word for label in LABELS for word in label if word), *REGIONS, *PLANES, *PHASES)
 
-def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str) -> np.ndarray:
-    "`(N, len(LABELS) + 2 + len(FACETS))`: findings per token; SUVmax / `suv_max` and size / 30 mm; the findings' words, and the region's at every token. A finding may lie in several places (its `voxel` a list of them), as in two radiographs."
+def about(record: dict) -> tuple[str, ...]:
+    "What is true of a whole row: its region and, where there is a choice, plane and contrast phase."
+    return tuple(record[k] for k in ('region', 'plane', 'phase') if k in record)
+
+def lattice_truth(findings: list[dict], grid, shape, suv_max: float, words: Sequence[str]) -> np.ndarray:
+    "`(N, len(LABELS) + 2 + len(FACETS))`: findings per token; SUVmax / `suv_max` and size / 30 mm; the findings' words, and those of the row (`about`) at every token. A finding may lie in several places (its `voxel` a list of them), as in two radiographs."
     n = len(LABELS)
     out = np.zeros((int(np.prod(grid)), n + 2 + len(FACETS)), np.float32)
-    out[:, n + 2 + FACETS.index(region)] = 1
+    out[:, [n + 2 + FACETS.index(word) for word in words]] = 1
     for f in findings:
         for place in np.atleast_2d(f['voxel']):
             cell = np.minimum((place + .5)*grid/shape, np.array(grid) - 1).astype(int)
@@ -90,11 +96,11 @@ def lattice_truth(findings: list[dict], grid, shape, suv_max: float, region: str
             out[token, [n + 2 + FACETS.index(word) for word in LABELS[label_of(f)] if word]] = 1
     return out
 
-def truths(findings: list[dict], lattices, shape, suv_max: float, region: str) -> np.ndarray:
+def truths(findings: list[dict], lattices, shape, suv_max: float, words: Sequence[str]) -> np.ndarray:
     "`lattice_truth` on several lattices, one after the other. Raises `DatasetError` for a finding that lies nobody knows where."
     lost = sum(f.get('voxel') is None for f in findings)
-    if lost: raise DatasetError(f"{lost} of {len(findings)} findings of a row ({region}) have no place (voxel): {NO_PLACE}")
-    return np.concatenate([lattice_truth(findings, grid, shape, suv_max, region) for grid in lattices])
+    if lost: raise DatasetError(f"{lost} of {len(findings)} findings of a row ({words[0]}) have no place (voxel): {NO_PLACE}")
+    return np.concatenate([lattice_truth(findings, grid, shape, suv_max, words) for grid in lattices])
 
 # %% ../nbs/09_datasets.ipynb #4febb420
 def _shift(x: np.ndarray, by) -> np.ndarray:
@@ -127,7 +133,7 @@ class Items(Dataset):
         item = images | {'dialogue': self.dialogue(rec, rng), 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}}
         if not self.placed: return item
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
-        described = lambda lattices: truths(moved, lattices, shape, self.rows.suv_max, rec['region'])
+        described = lambda lattices: truths(moved, lattices, shape, self.rows.suv_max, about(rec))
         return item | {'truth': described(self.lattices)} | ({'truth_heads': described(self.heads)} if self.heads else {})
 
     def dialogue(self, rec: dict, rng) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import math
 import numpy as np, torch
 from .config import Stage
-from .datasets import LABELS, VIEWS, Rows, truths
+from .datasets import about, LABELS, VIEWS, Rows, truths
 from .findings import Finding
 from .processor import PetVLMProcessor
 from .vlm import PetVLM
@@ -28,7 +28,7 @@ def _batches(n: int, size: int): return [range(i, min(i + size, n)) for i in ran
 
 def _truth(model: PetVLM, rows: Rows, i: int, lattices) -> np.ndarray:
     r = rows.records[i]
-    return truths(r['findings'], lattices, model.config.image_size, rows.suv_max, r['region'])
+    return truths(r['findings'], lattices, model.config.image_size, rows.suv_max, about(r))
 
 def images_of(model: PetVLM, rows: Rows, which) -> dict[str, torch.Tensor]:
     "The images that the model reads of the rows `which`, `(B, 1, D, H, W)` each."

@@ -1,7 +1,7 @@
 "One's own studies, from a folder to rows: what is skipped and counted, who is held out, what is refused, and what reports cannot teach."
 import csv, dataclasses, functools, json, re, shutil
 from pathlib import Path
-import nbformat, numpy as np, pydicom, pytest
+import numpy as np, pydicom, pytest
 from kernels import run
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
@@ -209,7 +209,7 @@ def test_rows_without_places_meet_stages_that_need_them(tmp_path):
     assert all(set(plain[i]) == {'pet', 'ct', 'suv', 'dialogue', 'texts'} for i in range(4))
     for needs in (dict(inputs=()), dict(heads=((4, 4, 6),)), dict(truth=True)):
         with pytest.raises(DatasetError, match='it is not known where the findings lie.*images: truth, sites_'): Items(rows, 4, 0, **needs)
-    with pytest.raises(DatasetError, match='have no place'): truths(next(r for r in rows.records if r['findings'])['findings'], [(4, 4, 6)], (32, 32, 48), 10., 'chest')
+    with pytest.raises(DatasetError, match='have no place'): truths(next(r for r in rows.records if r['findings'])['findings'], [(4, 4, 6)], (32, 32, 48), 10., ('chest',))
 
 def test_what_a_source_cannot_teach_is_refused_before_anything_is_read(tmp_path):
     where = Paths(tmp_path, 'smoke')
