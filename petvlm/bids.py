@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 from .dicom import SeriesInfo
 from .suv import DOSE_BQ, HALF_LIFE_S, MAX_HALF_LIVES, WEIGHT_KG, SUVError, SUVProvenance, mean_rate_s, tag_name
-from .volume import _FLIP, Volume, _atomic, _stem, write_nifti
+from .files import DAMAGE, atomic, read_json
+from .volume import _FLIP, Volume, _stem, load_nifti, write_nifti
 
 # %% auto #0
 __all__ = ['COLUMNS', 'EARLIEST_S', 'OVERRIDES', 'BidsError', 'suv_factors', 'read_bids', 'write_bids']
@@ -26,11 +27,13 @@ def _get(side: dict, field: str):
     if len(found) > 1: _refuse(field, f"is there {len(found)} times with different capitals", "keep the right one")
     return found[0] if found else None
 
+def _is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300      # JSON knows NaN and whole numbers of any length
+
 def _number(side: dict, field: str, remedy: str, unit: str = 's') -> float:
     "A finite number."
     value = _get(side, field)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value): _refuse(field, f"is {'missing' if value is None else repr(value)}, expected a number in {unit}", remedy)
+    if not _is_number(value): _refuse(field, f"is {'missing' if value is None else repr(value)[:60]}, expected a number in {unit}", remedy)
     return float(value)
 
 _PREFIX = {'': 1., 'k': 1e3, 'M': 1e6, 'G': 1e9}
@@ -49,13 +52,16 @@ _KG = ('kg', 'kilogram', 'kilograms')
 def _row(table: Path, key: str, value: str) -> tuple[float, str] | None:
     "The body weight of the row `key` = `value` of a BIDS table, and where it came from."
     if not table.exists(): return None
-    with open(table, newline='', encoding='utf-8-sig') as f: rows = [r for r in csv.DictReader(f, delimiter='\t') if r.get(key) == value]
+    try:
+        with open(table, newline='', encoding='utf-8-sig') as f: rows = [r for r in csv.DictReader(f, delimiter='\t') if r.get(key) == value]
+    except (csv.Error, UnicodeDecodeError) as e: raise BidsError(f"{table.name} cannot be read ({e}). Remedy: save it as tab-separated UTF-8, or pass weight_kg=.") from e
     found = [(c, r[c]) for r in rows for c in COLUMNS if r.get(c) not in (None, '', 'n/a')]
     if len({v for _, v in found}) > 1: _refuse(f'{found[0][0]} in {table.name}', f"has {len(found)} values for one {key}", "pass weight_kg=")
     if not found: return None
     column, text = found[0]
     about = table.with_suffix('.json')
-    unit = (json.loads(about.read_text()).get(column) or {}).get('Units') if about.exists() else None
+    said = read_json(about, BidsError, dict).get(column) if about.exists() else None
+    unit = said.get('Units') if isinstance(said, dict) else None
     if unit and str(unit).lower() not in _KG: _refuse(f'{column} in {table.name}', f"is in {unit}, expected kg", "pass weight_kg=")
     try: return float(text), f'{column} in {table.name}'
     except ValueError as e: raise BidsError(f"{column} in {table.name} is {text!r}, expected a number in kg. Remedy: pass weight_kg=.") from e
@@ -101,7 +107,9 @@ def _dose(side: dict, given: float | None) -> float:
 def _frames(side: dict, field: str, n: int) -> np.ndarray:
     "A field with one number per frame, in s."
     value = _get(side, field)
-    values = np.array(value if isinstance(value, list) else [] if value is None else [value], float)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(_is_number, values)): _refuse(field, f"holds {repr(values)[:60]}, expected numbers in s", "correct it")
+    values = np.array(values, float)
     if len(values) != n: _refuse(field, f"has {len(values)} values for {n} frames", "complete it, one number per frame")
     return values
 
@@ -140,13 +148,15 @@ def suv_factors(side: dict, path, n: int = 1, **given) -> SUVProvenance:
 
 # %% ../nbs/03a_bids.ipynb #7217410e
 def _image(path: Path) -> tuple[nib.Nifti1Image, int]:
-    img = nib.load(path)
+    img = load_nifti(path, BidsError)
     if img.ndim not in (3, 4): raise BidsError(f"{path.name} has shape {img.shape}, expected three axes, or four with frames last. Remedy: squeeze it.")
     return img, 1 if img.ndim == 3 else img.shape[3]
 
 def _suv_data(img, n: int, factor, side: dict, frame) -> np.ndarray:
     "SUVbw (x, y, z) float64 of one frame or of the mean over time."
-    at = lambda i: np.asarray(img.dataobj if img.ndim == 3 else img.dataobj[..., i], np.float64)*factor[i]
+    def at(i):
+        try: return np.asarray(img.dataobj if img.ndim == 3 else img.dataobj[..., i], np.float64)*factor[i]
+        except DAMAGE as e: raise BidsError(f"the image's voxels cannot be read ({type(e).__name__}: {str(e)[:120]}). Remedy: copy it again.") from e
     if n == 1: return at(0)
     if frame == 'mean':
         weights = _frames(side, 'FrameDuration', n)
@@ -161,7 +171,7 @@ def read_bids(path, frame: int | str | None = None, sidecar=None, **given) -> Vo
     Raises `BidsError` naming field and remedy; nothing of the participant goes into `meta`. Source: BIDS specification, Positron Emission Tomography."""
     path = Path(path); sidecar = Path(sidecar) if sidecar else _stem(path).with_suffix('.json')
     if not sidecar.exists(): raise BidsError(f"{sidecar.name} is not beside {path.name}; SUV cannot be computed. Remedy: pass sidecar=.")
-    side, (img, n) = json.loads(sidecar.read_text()), _image(path)
+    side, (img, n) = read_json(sidecar, BidsError, dict), _image(path)
     if n > 1 and frame is None: raise BidsError(f"{path.name} holds {n} frames. Remedy: pass frame=0..{n-1}, or frame='mean' for the mean over time.")
     if frame not in (None, 'mean') and not (isinstance(frame, int) and 0 <= frame < n): raise BidsError(f"frame is {frame!r}, {path.name} holds {n} frames. Remedy: pass 0..{n-1} or 'mean'.")
     found = suv_factors(side, path, n, **given)
@@ -207,5 +217,5 @@ def write_bids(vol: Volume, path, source: SeriesInfo, administration: str = 'bol
                 ModeOfAdministration=administration, BodyWeight=suv['weight_kg'], AcquisitionMode='n/a', ImageDecayCorrected=True, ImageDecayCorrectionTime=moment, ReconMethodName=text('ReconstructionMethod'), ReconMethodParameterLabels=['n/a'],
                 ReconMethodParameterUnits=['n/a'], ReconMethodParameterValues=['n/a'], ReconFilterType=text('ConvolutionKernel'), AttenuationCorrection=text('AttenuationCorrectionMethod')) | _timing(source, suv)
     factor = 1000*suv['weight_kg']/(suv['dose_bq']*2**(-moment/life))
-    _atomic(_stem(path).with_suffix('.json'), lambda p: p.write_text(json.dumps(side, indent=1)))
+    atomic(_stem(path).with_suffix('.json'), lambda p: p.write_text(json.dumps(side, indent=1)))
     return write_nifti(vol.replace(data=(vol.data.astype(np.float64)/factor).astype(np.float32), unit='Bq/ml', meta={}), path)

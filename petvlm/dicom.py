@@ -15,7 +15,7 @@ from .suv import DicomError, SUVError, SUVProvenance, suv_factor, tag_name
 from .volume import Volume
 
 # %% auto #0
-__all__ = ['log', 'MAX_HOURS', 'read_series', 'Pair', 'softness', 'pair_pet_ct']
+__all__ = ['log', 'MOST_ACTIVITY', 'MAX_HOURS', 'read_series', 'Pair', 'softness', 'pair_pet_ct']
 
 # %% ../nbs/03_dicom.ipynb #ff9a4efe
 log = logging.getLogger(__name__)
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 def _rescale(ds, name: str) -> tuple[float, float]:
     "Slope and intercept of one slice; the standard requires both for PT and CT."
     if ds.get('RescaleSlope') in (None, '', 0): raise DicomError(f"{name}: {tag_name('RescaleSlope')} is missing or 0; stored values have no scale without it")
-    slope, intercept = float(ds.RescaleSlope), float(ds.get('RescaleIntercept') or 0)
-    if not np.isfinite([slope, intercept]).all(): raise DicomError(f"{name}: rescale slope {slope} and intercept {intercept}, expected two numbers; export it again")
+    found = ds.RescaleSlope, ds.get('RescaleIntercept') or 0
+    try: slope, intercept = map(float, found)
+    except (TypeError, ValueError): slope = intercept = np.nan
+    if not np.isfinite([slope, intercept]).all(): raise DicomError(f"{name}: rescale slope {found[0]} and intercept {found[1]}, expected two numbers; export it again")
     return slope, intercept
 
 def _check_span(stored: np.ndarray, ds, name: str) -> None:
@@ -54,7 +56,19 @@ def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
 # %% ../nbs/03_dicom.ipynb #7fdf0567
 def _read_pt(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
     found = suv_factor([series.headers[i] for i in order], **given)
+    below = next((i for i in order if _rescale(series.headers[i], series.name(i))[0] < 0), None)
+    if below is not None: raise DicomError(f"{series.name(below)}: {tag_name('RescaleSlope')} is {series.headers[below].RescaleSlope}, expected more than 0: activity is not negative; export it again")
     return _values(series, order, found.factor), found.unit, {'suv': found.to_dict()}
+
+MOST_ACTIVITY = 5.      # times what was injected: calibration, noise and a weight off by some kg make one and a half
+
+def _check_activity(suv: np.ndarray, affine: np.ndarray, found: dict, name: str) -> None:
+    """Refuse an image that holds more activity than was injected: SUV over all ml cannot be more than what it was normalised to, g of the patient (SUVbsa: cm2). What no rule for a single tag sees, such as a slope of another unit, shows here.
+
+    `found`: `SUVProvenance.to_dict()`; where the scanner made the SUV and told no size, 400 kg stand for it."""
+    held, size = float(suv.sum(dtype=np.float64))*abs(np.linalg.det(affine[:3, :3]))/1000, found['size'] or 4e5
+    if not held <= MOST_ACTIVITY*size:
+        raise SUVError(f"{name}: the image holds {held/size:.3g} times the activity that was injected, expected at most {MOST_ACTIVITY:g}: dose, times, slopes or voxel size cannot be right ({found['rule']}). Remedy: export it again, or correct them (dose_bq=, injection_time=, weight_kg=).")
 
 def _read_ct(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
     if given: raise DicomError(f"{sorted(given)} are overrides for PET; this series is a CT")
@@ -97,6 +111,7 @@ def read_series(source, suv_type: str = 'bw', **overrides) -> Volume:
     affine, order, dropped, doubts = placed(series)
     for reason in dropped + doubts: log.warning("%s", reason)
     data, unit, record = _READERS[series.modality](series, order, {k: v for k, v in overrides.items() if v is not None})
+    if series.modality == 'PT': _check_activity(data, affine, record['suv'], series.name(order[0]))
     key = hashlib.sha256(series.uid.encode()).hexdigest()[:12]   # tells series apart; the UID itself would lead back into the archive
     meta = {'modality': series.modality, 'description': series.description, 'series': key, 'slices': len(order), 'dropped': dropped} | ({'notes': doubts} if doubts else {}) | _lossy(series, order) | record
     return Volume(data, affine, unit, meta).canonical()

@@ -12,21 +12,23 @@ import pydicom
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, UID
+from .files import DAMAGE as FILE_DAMAGE
 from .suv import DicomError, tag_name
 
 # %% auto #0
 __all__ = ['log', 'DAMAGE', 'MAX_VOXELS', 'MAX_BYTES', 'MAX_RATIO', 'FREE_BYTES', 'LOSSY', 'MAYBE_LOSSY', 'GeometryError', 'bomb',
-           'claim', 'is_image', 'Unreadable', 'read_header', 'lossy', 'stream_shape', 'within_bits', 'native', 'Pixels']
+           'claim', 'is_image', 'Unreadable', 'read_header', 'lossy', 'stream_shape', 'rle_fault', 'within_bits',
+           'native', 'Pixels']
 
 # %% ../nbs/02b_dicomfile.ipynb #e3f6a8f6
 log = logging.getLogger(__name__)
 
 class GeometryError(DicomError): "Slices that do not form one regular volume; the message names file and position."
 
-DAMAGE = (EOFError, struct.error, zlib.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError, RuntimeError, OSError, MemoryError)
+DAMAGE = (*FILE_DAMAGE, BytesLengthException)      # what pydicom and its decoders raise
 MAX_VOXELS = 2**30      # of one file or series: 1024 x 1024 x 1024, 4 GiB as float32; a total-body PET has 2**27
 MAX_BYTES = 2**34       # unpacked from one archive, 16 GiB
 MAX_RATIO, FREE_BYTES = 100, 2**26    # smaller than 64 MiB nobody is harmed by any ratio; CT packs 2:1, an empty volume 1000:1
@@ -73,7 +75,7 @@ def _check_bits(ds, name: str) -> int:
     return allocated//8
 
 # %% ../nbs/02b_dicomfile.ipynb #480d00f4
-_READ = ('Modality', 'SOPClassUID', 'SOPInstanceUID', 'StudyInstanceUID', 'FrameOfReferenceUID', 'SeriesDescription', 'ImageType', 'ImageOrientationPatient', 'ImagePositionPatient', 'PixelSpacing',
+_READ = ('Modality', 'SeriesInstanceUID', 'SOPClassUID', 'SOPInstanceUID', 'StudyInstanceUID', 'FrameOfReferenceUID', 'SeriesDescription', 'ImageType', 'ImageOrientationPatient', 'ImagePositionPatient', 'PixelSpacing',
          'Rows', 'Columns', 'NumberOfFrames', 'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'RescaleSlope', 'RescaleIntercept', 'RescaleType', 'Units', 'SUVType',
          'DecayCorrection', 'CorrectedImage', 'PatientWeight', 'PatientSize', 'PatientSex', 'SeriesDate', 'SeriesTime', 'AcquisitionDate', 'AcquisitionTime', 'FrameReferenceTime', 'ActualFrameDuration',
          'NumberOfSlices', 'ConvolutionKernel', 'LossyImageCompression', 'LossyImageCompressionRatio', 'LossyImageCompressionMethod', 'Manufacturer',
@@ -134,7 +136,7 @@ def read_header(path) -> tuple[pydicom.Dataset, DicomError | None]:
             ds = pydicom.dcmread(file, stop_before_pixels=True)
             ds.pixels_at = file.tell()
             left = os.fstat(file.fileno()).st_size - ds.pixels_at - (8 if ds.original_encoding[0] else 12)
-        _convert(ds, _TAGS)
+        _convert(ds.file_meta); _convert(ds, _TAGS)
         for item in ds.get('RadiopharmaceuticalInformationSequence') or []: _convert(item)
     except DicomError: raise
     except (*DAMAGE, InvalidDicomError) as e: raise _unreadable(path, 'damaged', f'{type(e).__name__}: {str(e)[:80]}') from e
@@ -179,6 +181,21 @@ def stream_shape(data: bytes) -> tuple[int, int] | None:
         at += 1 if data[at+1] == 0xFF else 2 + struct.unpack_from('>H', data, at + 2)[0]
     return None
 
+def rle_fault(frame: bytes, pixels: int, segments: int) -> str | None:
+    "What is wrong with a run-length coded `frame` (PS3.5 annex G) that should hold `segments` planes of `pixels` bytes; None where nothing is. Decoders fill up what a damaged code leaves out, with zeros."
+    if len(frame) < 64: return f"has {len(frame)} bytes, less than its header"
+    count, *starts = struct.unpack('<16L', frame[:64])
+    starts = starts[:count] if count == segments else []
+    if not starts or starts[0] != 64 or sorted(starts) != starts: return f"names {count} planes from {starts}, expected {segments} in order"
+    for at, end in zip(starts, (*starts[1:], len(frame))):
+        n = 0
+        while n < pixels and at < end:
+            c = frame[at]
+            if c < 128: n += c + 1; at += c + 2
+            elif c > 128: n += 257 - c; at += 2
+            else: at += 1
+        if n != pixels or at > end: return f"makes {n} values of a plane, expected {pixels}"
+
 def _overlay_in_pixels(ds) -> bool:
     "Whether unused bits hold an overlay, as they may in old files."
     return any(ds.get((group, 0x0102)) is not None and ds[group, 0x0102].value for group in range(0x6000, 0x6020, 2))
@@ -207,8 +224,8 @@ def native(path, ds) -> np.ndarray | None:
         head = file.read(8 if implicit else 12)
         found = b'\xe0\x7f\x10\0' + (b'' if implicit else head[4:6] + b'\0\0') + struct.pack('<I', h*w*size + h*w*size % 2)
         if head != found or head[4:6] not in (b'OB', b'OW') and not implicit: return None
-        data = file.read(h*w*size)
-    if len(data) < h*w*size: return None
+        data, rest = file.read(h*w*size), file.read(2)
+    if len(data) < h*w*size or len(rest) > h*w*size % 2: return None                       # what comes after may be the pixels once more
     raw = np.frombuffer(data, f"<{'ui'[_size(ds, 'PixelRepresentation')]}{size}").reshape(h, w)
     unused = ds.BitsAllocated - ds.BitsStored
     return within_bits(raw, raw << unused >> unused, ds, Path(path).name) if unused else raw
@@ -232,14 +249,24 @@ class Pixels:
         ds, table = self.ds, ('ExtendedOffsetTable', 'ExtendedOffsetTableLengths')
         coded = list(generate_frames(ds.PixelData, number_of_frames=self.shape[0], extended_offsets=tuple(ds[k].value for k in table) if table[0] in ds else None))
         if len(coded) < self.shape[0]: raise DicomError(f"{self.name}: truncated: {len(coded)} compressed frames, expected {self.shape[0]}; copy or export it again")
+        wrong = next((w for frame in coded if (w := rle_fault(frame, prod(self.shape[1:]), _check_bits(ds, self.name)))), None) if self.syntax == RLELossless else None
+        if wrong: raise DicomError(f"{self.name}: its run-length code {wrong}; copy or export it again")
         for found in map(stream_shape, coded):
             if found and tuple(found) != self.shape[1:]: raise DicomError(f"{self.name}: the compressed image is {found[0]} x {found[1]}, the header says {self.shape[1]} x {self.shape[2]}; export it uncompressed")
         for keyword in ('PixelData', *table): ds.pop(keyword, None)
         return coded
 
+    def _check_excess(self) -> None:
+        "Raise `DicomError` where uncompressed pixels are longer than they should be, by more than zeros: then they are something else, such as a compressed image whose transfer syntax was lost."
+        data, needed = self.ds.PixelData, prod(self.shape)*_check_bits(self.ds, self.name)
+        if len(data) > needed + needed % 2 and any(data[needed:]):
+            raise DicomError(f"{self.name}: {len(data):,} bytes of pixels, expected {needed:,} for {self.shape[0]} x {self.shape[1]} x {self.shape[2]} uncompressed values; its transfer syntax (0002,0010) or size is wrong, export it again")
+
     def _one(self, i: int) -> tuple[pydicom.Dataset, int]:
         "A dataset that holds frame `i`, and its index there."
-        if not self.syntax.is_encapsulated: return self.ds, i
+        if not self.syntax.is_encapsulated:
+            if not i: self._check_excess()
+            return self.ds, i
         if self.coded is None: self.coded = self._split()
         one = pydicom.Dataset(dict(self.ds._dict)); one.file_meta = self.ds.file_meta
         one.add_new(0x00280008, 'IS', 1); one.add_new(0x7FE00010, 'OB', encapsulate([self.coded[i]]))
@@ -254,7 +281,9 @@ class Pixels:
             ds, at = self._one(i)
             return self._within_bits(pixel_array(ds, index=at, allow_excess_frames=False), i)
         except DicomError: raise
-        except DAMAGE as e: raise DicomError(f"{self.name}: pixels cannot be decoded ({type(e).__name__}: {str(e)[:200]}); copy it again, or export it uncompressed") from e
+        except BaseException as e:
+            if not isinstance(e, DAMAGE) and type(e).__name__ != 'PanicException': raise            # a decoder written in Rust panics beside all exceptions
+            raise DicomError(f"{self.name}: pixels cannot be decoded ({type(e).__name__}: {str(e)[:200]}); copy it again, or export it uncompressed") from e
         finally: logging.getLogger('pydicom').setLevel(level)
 
     def _within_bits(self, stored: np.ndarray, i: int) -> np.ndarray:

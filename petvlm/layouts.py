@@ -4,14 +4,15 @@
 
 # %% ../nbs/07b_layouts.ipynb #15554c60
 from __future__ import annotations
-import csv, functools, json, logging, re
+import csv, functools, logging, math, re, tokenize, zipfile
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
+from .files import DAMAGE, read_json
 from .findings import Study
 from .m3dvqa import CATEGORIES, LETTERS
 from .sources import SourceError
-from .volume import Volume, read_nifti
+from .volume import DEFLATE, MOST_VOXELS, Volume, read_nifti
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +26,28 @@ Item = tuple[str, Callable[[], Study]]
 
 def _json(path: Path):
     if not path.exists(): raise SourceError(f"{path}: no such file; is this the data set's root folder?")
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise SourceError(f"{path}: not JSON ({e})") from e
+    return read_json(path, SourceError)
+
+def _unzipped(found, path: Path) -> np.ndarray:
+    "The one array of an npz file, once its own header claims no more than the archive says it holds."
+    if len(found.files) != 1: raise SourceError(f"{path}: holds {found.files}, expected one array")
+    member = found.zip.infolist()[0]
+    with found.zip.open(member) as f:
+        version = np.lib.format.read_magic(f)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+    if math.prod(shape)*dtype.itemsize > min(member.file_size, member.compress_size*DEFLATE): raise SourceError(f"{path}: truncated: the header claims {shape} values of {dtype}, the archive holds {member.file_size:,} bytes")
+    return found[found.files[0]]
 
 def _array(path: Path) -> np.ndarray:
     "The one array of an npy or npz file, without leading axes of length 1; never a pickle."
     if not path.exists(): raise SourceError(f"{path}: no such file, though the listing names it")
-    try: found = np.load(path, allow_pickle=False)
-    except ValueError as e: raise SourceError(f"{path}: not a plain array ({e}); pickled objects are not read") from e
-    if isinstance(found, np.lib.npyio.NpzFile):
-        names = found.files
-        if len(names) != 1: raise SourceError(f"{path}: holds {names}, expected one array")
-        found = found[names[0]]
+    try:
+        found = np.load(path, mmap_mode='r', allow_pickle=False)          # fails where the header claims more than the file holds
+        if isinstance(found, np.lib.npyio.NpzFile): found = _unzipped(found, path)
+    except (*DAMAGE, zipfile.BadZipFile, tokenize.TokenError, SyntaxError) as e:
+        if isinstance(e, SourceError): raise
+        raise SourceError(f"{path}: not a plain array ({type(e).__name__}: {str(e)[:120]}); pickled objects are not read") from e
+    if found.dtype.kind not in 'iufb' or not 0 < found.size <= MOST_VOXELS: raise SourceError(f"{path}: holds {found.shape} values of {found.dtype}, expected 1 to {MOST_VOXELS:,} numbers")
     while found.ndim > 3 and found.shape[0] == 1: found = found[0]
     if found.ndim != 3: raise SourceError(f"{path}: has shape {found.shape}, expected (D, H, W)")
     return found
@@ -59,6 +70,8 @@ def vimed_split(year: int, month: int) -> str:
 def vimed_reports(report: dict) -> dict[str, dict[str, str]]:
     "Region -> {'vi': text} of one report file, the conclusion under 'impression'; what is absent is left out. Raises `SourceError` for an unknown region."
     body = report.get(VIMED_BODY) or {}
+    texts = [*body.values(), *(report.get(k) for k in VIMED_CONCLUSION)] if isinstance(body, dict) else [0]
+    if not all(v is None or isinstance(v, str) for v in texts): raise SourceError(f"a ViMed-PET report has {body!r:.80} under {VIMED_BODY!r}, expected a text for each region; its conclusion is a text too")
     unknown = sorted(set(body) - set(VIMED_REGIONS))
     if unknown: raise SourceError(f"a ViMed-PET report describes {unknown}, expected some of {sorted(VIMED_REGIONS)}")
     parts = {VIMED_REGIONS[k]: v for k, v in body.items()} | {'impression': next((report[k] for k in VIMED_CONCLUSION if report.get(k)), '')}
@@ -70,7 +83,7 @@ def _vimed_study(pet: Path, ct: Path, report: Path, name: str, spacing) -> Study
     x, y = _array(pet), _array(ct)
     if x.shape != y.shape: raise SourceError(f"{name}: PET has {x.shape} voxels, CT {y.shape}; the data set's pairs lie on one grid")
     volumes = {'pet': _bare(x/32767, spacing, '1', meta | {'unit': 'stored value / 32767; the factor to SUV is not published'}), 'ct': _bare(y, spacing, 'HU', meta)}
-    return Study(name, volumes, (), vimed_reports(_json(report)), meta)
+    return Study(name, volumes, (), vimed_reports(read_json(report, SourceError, dict)), meta)
 
 def vimed_items(folder, spacing) -> list[Item]:
     """Every exam of `folder`: `<...2019...>/THANG 10/{CT,PET}/day_1_patient_2.npy` (or .npz) and `reports/day_1_patient_2.json`. `spacing` (d, h, w): voxels in mm, which the files do not hold.
@@ -156,14 +169,18 @@ def _listing(path: Path, keys: set[str]) -> list[tuple[str, dict]]:
     splits = [s for s in found if s in SPLIT_NAMES] if isinstance(found, dict) else []
     if not splits: raise SourceError(f"{path}: expected lists under some of {sorted(SPLIT_NAMES)}")
     for s in splits:
+        if not isinstance(found[s], list) or not all(isinstance(e, dict) for e in found[s]): raise SourceError(f"{path}: {s!r} is no list of objects")
         for i, entry in enumerate(found[s]):
             if missing := sorted(keys - set(entry)): raise SourceError(f"{path}: entry {i} of {s!r} lacks {missing}")
+            if wrong := sorted(k for k in keys - {'image_path'} if not isinstance(entry[k], str)): raise SourceError(f"{path}: entry {i} of {s!r} has {entry[wrong[0]]!r:.60} under {wrong[0]!r}, expected text")
     return [(SPLIT_NAMES[s], entry) for s in splits for entry in found[s]]
 
 def inside_of(root: Path, name: str) -> Path:
     "`root/name`; `SourceError` for a name that leads out of `root`."
     path = root/name
-    if not path.resolve().is_relative_to(root.resolve()): raise SourceError(f"{name!r} leads out of {root}: paths of a listing are relative to the data set's folder")
+    try: inside = path.resolve().is_relative_to(root.resolve()); path.exists()
+    except (OSError, ValueError, RuntimeError) as e: raise SourceError(f"{name!r:.80} is no file name ({e}), though the listing names it") from e
+    if not inside: raise SourceError(f"{name!r} leads out of {root}: paths of a listing are relative to the data set's folder")
     return path
 
 def _either(root: Path, name: str) -> Path:
@@ -225,6 +242,7 @@ def m3dvqa_rows(listing) -> list[dict]:
             if missing: raise SourceError(f"{path}: lacks the columns {missing}, found {table.fieldnames}, expected {list(M3DVQA_COLUMNS)}; separate with commas")
             rows = [_m3dvqa_row(path, table.line_num, row) for row in table]
     except UnicodeDecodeError as e: raise SourceError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from e
+    except csv.Error as e: raise SourceError(f"{path}: line {table.line_num} cannot be read ({e}); is a quotation mark left open?") from e
     if not rows: raise SourceError(f"{path}: holds no rows below its header")
     plain = lambda s: s.strip(' .').casefold()
     odd = [r for r in rows if plain(r['choices'][LETTERS.index(r['letter'])]) != plain(r['answer'])]
@@ -239,4 +257,7 @@ def m3dvqa_image(root, row: dict) -> Volume:
 # %% ../nbs/07b_layouts.ipynb #b0e7073d
 def iu_rows(listing) -> list[tuple[str, str, tuple[str, ...], str]]:
     "`(split, id, image paths, report)` of IU X-Ray's `annotation.json` in R2Gen's layout; the paths are relative to its `images` folder. Raises `SourceError`."
-    return [(s, e['id'], tuple(e['image_path']), e['report']) for s, e in _listing(Path(listing), {'id', 'report', 'image_path'})]
+    rows = _listing(Path(listing), {'id', 'report', 'image_path'})
+    for s, e in rows:
+        if not isinstance(e['image_path'], list) or not all(isinstance(p, str) for p in e['image_path']): raise SourceError(f"{listing}: {e['id']!r} of {s!r} has {e['image_path']!r:.60} under 'image_path', expected a list of file names")
+    return [(s, e['id'], tuple(e['image_path']), e['report']) for s, e in rows]

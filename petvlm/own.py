@@ -4,7 +4,7 @@
 
 # %% ../nbs/07a_own.ipynb #07e92fa3
 from __future__ import annotations
-import codecs, csv, dataclasses, functools, hashlib, io, json, re, struct, zipfile, zlib
+import codecs, csv, dataclasses, functools, hashlib, io, re, struct, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
@@ -14,6 +14,7 @@ import pydicom
 from nibabel.filebasedimages import ImageFileError
 from pydicom.errors import InvalidDicomError
 from .dicom import DicomError, SeriesInfo, find_series, pair_pet_ct, read_series
+from .files import parse_json
 from .findings import LANGUAGES, REGIONS, Study
 from .sources import SourceError, dicom_study
 from .volume import VolumeError, lung_extent, region_bounds
@@ -37,11 +38,15 @@ class Row:
 SPLITS = ('train', 'validation', 'test')
 LOST = re.compile(r'\w*[^\W\d]\?[^\W\d]\w*')     # a question mark inside a word
 
+def _untold(raw: dict) -> list[str]:
+    "What of a JSON object is no text, nor a number where a code may be one."
+    return [f"{k} is {v!r:.40}, expected text" for k, v in raw.items() if k and not (v is None or isinstance(v, str) or type(v) is int and k in ('study', 'patient'))]
+
 def _faults(row: Row, known: Collection[str]) -> list[str]:
     "What is wrong with one row, in words."
     allowed = {'region': REGIONS, 'language': LANGUAGES, 'split': ('', *SPLITS)}
     out = [f"{k} is {getattr(row, k)!r}, expected one of {[v for v in words if v]}" for k, words in allowed.items() if getattr(row, k) not in words]
-    if not row.text: out.append("text is empty")
+    if not any(map(str.isalpha, row.text)): out.append("text is empty" if not row.text else f"text is {row.text!r:.40}, without a letter")
     if lost := LOST.search(row.text): out.append(f"text holds {lost[0]!r}: letters were lost when the file was saved; export it again as 'CSV UTF-8'")
     if row.study not in known: out.append(f"study is {row.study!r}: no such folder beside the file")
     return out
@@ -60,9 +65,8 @@ def _table(path: Path, encoding: str) -> list[tuple[int, dict]]:
     "Rows of a CSV (any of , ; tab) or JSON file with their line or position."
     text = _decoded(path, encoding)
     if path.suffix == '.json':
-        try: rows = json.loads(text)
-        except json.JSONDecodeError as e: raise SourceError(f"{path}: not JSON ({e})") from e
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise SourceError(f"{path}: expected a list of objects, one per region of a study")
+        rows = parse_json(text, path, SourceError, list)
+        if not all(isinstance(r, dict) for r in rows): raise SourceError(f"{path}: expected a list of objects, one per region of a study")
         return list(enumerate(rows, 1))
     table = csv.DictReader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.partition('\n')[0].count))
     try: return [(table.line_num, row) for row in table]
@@ -96,8 +100,8 @@ def read_listing(path, known: Collection[str] | None = None, encoding: str = 'ut
     table, known, rows, faults = _table(path, encoding), _folders(path.parent) if known is None else known, {}, {}
     for line, raw in table:
         _columns(path, line, set(raw))
-        row = Row(**{k: str(v or '').strip() for k, v in raw.items() if k})
-        wrong = _faults(row, known) + ["more cells than columns: is a text with a separator in it not quoted?"]*(None in raw)
+        row = Row(**{k: str('' if v is None else v).strip() for k, v in raw.items() if k})
+        wrong = _untold(raw) + _faults(row, known) + ["more cells than columns: is a text with a separator in it not quoted?"]*(None in raw)
         rows.setdefault(row.study, []).append(row); faults.setdefault(row.study, []).extend(f"line {line}: {why}" for why in wrong)
     if not rows: raise SourceError(f"{path}: holds no rows")
     for study in rows: faults[study] += _whole(study, rows[study])

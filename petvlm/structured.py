@@ -17,9 +17,10 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 import petvlm
 from .dicom import DicomError, SeriesInfo, tag_name
+from .files import atomic
 from .findings import KINDS, ORGANS, UPTAKES, Finding
 from .lesions import Lesion
-from .volume import Volume, _atomic
+from .volume import Volume
 
 # %% auto #0
 __all__ = ['SCHEME', 'ORGAN_CODES', 'KIND_CODES', 'UPTAKE_CODES', 'SIDE_CODES', 'NUMBERS', 'UPTAKE', 'StructuredError',
@@ -122,7 +123,7 @@ def _discreet():
         yield
 
 def _write(ds: pydicom.Dataset, path) -> Path:
-    path = Path(path); _atomic(path, lambda p: ds.save_as(p, enforce_file_format=True, implicit_vr=False, little_endian=True))
+    path = Path(path); atomic(path, lambda p: ds.save_as(p, enforce_file_format=True, implicit_vr=False, little_endian=True))
     return path
 
 def _equipment() -> dict: return dict(manufacturer='petvlm', manufacturer_model_name='petvlm', software_versions=petvlm.__version__, device_serial_number='0', specific_character_set='ISO_IR 192')   # UTF-8: names are copied in any script

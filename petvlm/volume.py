@@ -4,18 +4,22 @@
 
 # %% ../nbs/01_volume.ipynb #42cc5d51
 from __future__ import annotations
-import json, logging, os, uuid
+import json, logging, math
 from dataclasses import dataclass, field, replace as _replace
 from itertools import permutations
 from pathlib import Path
 import nibabel as nib
 import numpy as np
 from fastcore.basics import patch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage as ndi
+from .files import DAMAGE, atomic, read_json
 
 # %% auto #0
-__all__ = ['log', 'UNITS', 'FILL', 'SHRINK', 'FRACTIONS', 'MIN_REGION_MM', 'VolumeError', 'Volume', 'resample', 'write_nifti',
-           'read_nifti', 'body_mask', 'lung_extent', 'region_bounds', 'cut']
+__all__ = ['log', 'UNITS', 'FILL', 'SHRINK', 'MOST_VOXELS', 'DEFLATE', 'FRACTIONS', 'MIN_REGION_MM', 'VolumeError', 'Volume',
+           'resample', 'write_nifti', 'load_nifti', 'voxels_of', 'read_nifti', 'body_mask', 'lung_extent',
+           'region_bounds', 'cut']
 
 # %% ../nbs/01_volume.ipynb #d8cc3f0c
 log = logging.getLogger(__name__)
@@ -48,7 +52,7 @@ class Volume:
     def __post_init__(self):
         data, affine = _as_unit(self.data, self.unit), np.array(self.affine, np.float64)
         if data.ndim != 3: raise VolumeError(f"data has shape {data.shape}, expected three axes (D, H, W)")
-        if affine.shape != (4, 4) or abs(np.linalg.det(affine)) < 1e-9:
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
             raise VolumeError(f"affine must be an invertible (4, 4) matrix, found shape {affine.shape}:\n{affine}")
         object.__setattr__(self, 'data', data); object.__setattr__(self, 'affine', affine)
 
@@ -188,38 +192,56 @@ def _stem(path) -> Path:
     path = Path(path)
     return path.with_name(path.name.removesuffix('.gz').removesuffix('.nii'))
 
-def _atomic(path: Path, write) -> None:
-    "Call `write(temporary path)` in the same folder, then rename: never half a file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{uuid.uuid4().hex}{path.name}')
-    try: write(tmp); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
 def write_nifti(vol: Volume, path) -> Path:
     "Write `vol` to `path` (.nii or .nii.gz): unit in the header's descrip, `meta` in a JSON of the same name. The same volume gives the same bytes."
     path = Path(path)
     if not path.name.endswith(('.nii', '.nii.gz')): raise VolumeError(f"{path.name} does not end in .nii or .nii.gz")
     img = nib.Nifti1Image(np.asfortranarray(vol.data.transpose(2, 1, 0)), _FLIP @ vol.affine[:, [2, 1, 0, 3]])
     img.header['descrip'] = f'petvlm {vol.unit}'.encode(); img.header.set_xyzt_units('mm')
-    _atomic(path, lambda p: nib.save(img, p))
-    if vol.meta: _atomic(_stem(path).with_suffix('.json'), lambda p: p.write_text(json.dumps(vol.meta, indent=1, sort_keys=True)))
+    atomic(path, lambda p: nib.save(img, p))
+    if vol.meta: atomic(_stem(path).with_suffix('.json'), lambda p: p.write_text(json.dumps(vol.meta, indent=1, sort_keys=True)))
     return path
 
 # %% ../nbs/01_volume.ipynb #200dce8e
-def read_nifti(path, unit: str | None = None) -> Volume:
-    """Read a 3-D NIfTI as a canonical `Volume`; `unit` may be left out for files written here.
+MOST_VOXELS = 2**30          # of one file: 1024 x 1024 x 1024; a total-body PET has 2**27
+DEFLATE = 1032               # bytes that one byte of a .gz can hold at most
 
-    Raises `VolumeError` without a known unit, or when `unit` contradicts the one in the file."""
-    img = nib.load(path)
+def load_nifti(path, error: type[Exception] = VolumeError) -> nib.Nifti1Image:
+    "The NIfTI file `path`, voxels unread, once its header can be true: raises `error` for a file that is none, claims no voxels or more than `MOST_VOXELS`, or is too short for what it claims."
+    path = Path(path)
+    try: img = nib.load(path); shape, size = tuple(map(int, img.shape)), img.get_data_dtype().itemsize; at = int(img.dataobj.offset)
+    except (*DAMAGE, ImageFileError, HeaderDataError) as e: raise error(f"{path.name}: not a NIfTI file that can be read ({type(e).__name__}: {str(e)[:120]}); copy or convert it again") from e
+    if not isinstance(img, nib.Nifti1Image): raise error(f"{path.name} is {type(img).__name__}, expected NIfTI-1 or NIfTI-2; convert it")
+    voxels = math.prod(shape)
+    if not 0 < voxels <= MOST_VOXELS: raise error(f"{path.name}: the header claims {' x '.join(map(str, shape))} voxels, expected 1 to {MOST_VOXELS:,}; it is damaged, or holds several volumes")
+    room = path.stat().st_size*(DEFLATE if path.suffix == '.gz' else 1) - at
+    if room < voxels*size: raise error(f"{path.name}: truncated: room for at most {max(room, 0):,} bytes of voxels, the header claims {voxels*size:,}; copy it again")
+    if not np.isfinite(img.affine).all(): raise error(f"{path.name}: its affine is\n{img.affine}\nexpected numbers; convert it again")
+    return img
+
+def voxels_of(img: nib.Nifti1Image, path, error: type[Exception] = VolumeError) -> np.ndarray:
+    "The scaled values of `img`. Raises `error` where they cannot be decoded."
+    try: return np.asanyarray(img.dataobj)
+    except DAMAGE as e: raise error(f"{Path(path).name}: voxels cannot be read ({type(e).__name__}: {str(e)[:120]}); copy it again") from e
+
+def read_nifti(path, unit: str | None = None) -> Volume:
+    """Read a 3-D NIfTI as a canonical `Volume`; `unit` may be left out for files written here. Voxels that are no number (NaN, infinite) become what lies outside a scan, which `meta['notes']` tells.
+
+    Raises `VolumeError` for a file that is damaged or no NIfTI, without a known unit, or when `unit` contradicts the one in the file."""
+    path = Path(path); img = load_nifti(path)
     written = bytes(img.header['descrip']).rstrip(b'\0').decode('latin-1')
     stored = written.removeprefix('petvlm ') if written.startswith('petvlm ') else None
-    if unit and stored and unit != stored: raise VolumeError(f"{Path(path).name} holds {stored}, but {unit} was asked for")
-    if not (unit or stored): raise VolumeError(f"{Path(path).name} does not say its unit; pass unit=, one of {UNITS}")
-    data = np.asanyarray(img.dataobj)
-    if data.ndim != 3: raise VolumeError(f"{Path(path).name} has shape {data.shape}, expected three axes")
+    if unit and stored and unit != stored: raise VolumeError(f"{path.name} holds {stored}, but {unit} was asked for")
+    if not (unit or stored): raise VolumeError(f"{path.name} does not say its unit; pass unit=, one of {UNITS}")
+    data, side = voxels_of(img, path), _stem(path).with_suffix('.json')
+    if data.ndim != 3: raise VolumeError(f"{path.name} has shape {data.shape}, expected three axes")
+    meta = read_json(side, VolumeError, dict) if side.exists() and stored else {}
+    if data.dtype.kind in 'fc' and not (there := np.isfinite(data)).all():
+        lost = int(data.size - there.sum()); data = np.where(there, data, FILL.get(unit or stored, 0.))
+        log.warning("%s: %d voxels are no number; read as %g", path.name, lost, FILL.get(unit or stored, 0.))
+        meta = meta | {'notes': [*meta.get('notes', []), f'{lost} voxels were no number and are read as {FILL.get(unit or stored, 0.):g}']}
+    if data.dtype.kind not in 'iufb': raise VolumeError(f"{path.name} holds {data.dtype}, expected real numbers; colour and complex images are not read")
     if (unit or stored) == 'label' and data.dtype.kind == 'f': data = np.rint(data).astype(np.int16)
-    side = _stem(path).with_suffix('.json')
-    meta = json.loads(side.read_text()) if side.exists() and stored else {}
     return Volume(data.transpose(2, 1, 0), (_FLIP @ img.affine)[:, [2, 1, 0, 3]], unit or stored, meta).canonical()
 
 # %% ../nbs/01_volume.ipynb #059a9c8c
