@@ -1,6 +1,6 @@
 """A DICOM folder to tensors on a model grid, side by side: petvlm, and SimpleITK's series reader with MONAI's resampling.
 
-    pip install SimpleITK==2.5.5                       # the peer; petvlm does not need it
+    pip install SimpleITK==2.5.7                       # the peer; petvlm does not need it
     python benchmarks/ingest.py folder                 # a folder with a PET/CT study, e.g. ACRIN-NSCLC-FDG-PET
     python benchmarks/ingest.py folder --shape 32 24 40 --spacing 12        # the phantom's grid
 

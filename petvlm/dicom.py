@@ -5,7 +5,7 @@
 # %% ../nbs/03_dicom.ipynb #cd9e993f
 from __future__ import annotations
 import hashlib, logging, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace as _replace
 from datetime import datetime
 import numpy as np
 from .dicomfile import GeometryError, Pixels, native, lossy
@@ -54,8 +54,15 @@ def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
     return out
 
 # %% ../nbs/03_dicom.ipynb #7fdf0567
+def _factors(series: SeriesInfo, given: dict) -> SUVProvenance:
+    "`suv_factor` of all slices, in the order of the files; without overrides worked out once."
+    if given: return suv_factor(series.headers, **given)
+    if 'suv' not in series.known: series.known['suv'] = suv_factor(series.headers)
+    return series.known['suv']
+
 def _read_pt(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
-    found = suv_factor([series.headers[i] for i in order], **given)
+    found = _factors(series, given)
+    found = _replace(found, factor=tuple(found.factor[i] for i in order))
     below = next((i for i in order if _rescale(series.headers[i], series.name(i))[0] < 0), None)
     if below is not None: raise DicomError(f"{series.name(below)}: {tag_name('RescaleSlope')} is {series.headers[below].RescaleSlope}, expected more than 0: activity is not negative; export it again")
     return _values(series, order, found.factor), found.unit, {'suv': found.to_dict()}
@@ -132,7 +139,7 @@ def _refusal(series: SeriesInfo) -> str | None:
     if _localizer(series): return "a localizer"
     try:
         placed(series)
-        if series.modality == 'PT': suv_factor(list(series.headers))
+        if series.modality == 'PT': _factors(series, {})
     except DicomError as e: return str(e)
     return None
 

@@ -16,6 +16,8 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, UID
 from .files import DAMAGE as FILE_DAMAGE
+from .petheaders import tag_of, value
+from .rawheader import BLOCK, raw_header
 from .suv import DicomError, tag_name
 
 # %% auto #0
@@ -54,8 +56,8 @@ def _check_deflated(file, name: str) -> None:
 
 # %% ../nbs/02b_dicomfile.ipynb #621279ca
 def _size(ds, keyword: str, default=0) -> int:
-    value = ds.get(keyword)
-    return int(default if value in (None, '') else value)
+    found = value(ds, keyword)
+    return int(default if found in (None, '') else found)
 
 def claim(ds, name: str) -> tuple[int, int, int]:
     """(frames, rows, columns) that a header claims. Raises `DicomError` with the numbers where that is no image, coloured, or more than `MAX_VOXELS`."""
@@ -81,13 +83,13 @@ _READ = ('Modality', 'SeriesInstanceUID', 'SOPClassUID', 'SOPInstanceUID', 'Stud
          'NumberOfSlices', 'ConvolutionKernel', 'LossyImageCompression', 'LossyImageCompressionRatio', 'LossyImageCompressionMethod', 'Manufacturer',
          'AttenuationCorrectionMethod', 'DecayCorrectionDateTime', 'StudyDate', 'ContentTime', 'TriggerTime', 'AcquisitionNumber', 'ReconstructionMethod', 'SliceThickness', 'StackID', 'TemporalPositionIndex',
          'TemporalPositionIdentifier', 'PixelPaddingValue')
-_TAGS = [tag_for_keyword(k) for k in _READ]
+_TAGS = [tag_of(tag_for_keyword(k)) for k in (*_READ, 'RadiopharmaceuticalInformationSequence')]
 _IMAGES = {'PT': ('1.2.840.10008.5.1.4.1.1.128', '1.2.840.10008.5.1.4.1.1.130', '1.2.840.10008.5.1.4.1.1.128.1'),
            'CT': ('1.2.840.10008.5.1.4.1.1.2', '1.2.840.10008.5.1.4.1.1.2.1', '1.2.840.10008.5.1.4.1.1.2.2')}
 
 def is_image(ds) -> bool:
     "Whether a header says that it is a PET or CT image (classic, enhanced or legacy converted)."
-    return str(ds.get('SOPClassUID') or '') in _IMAGES.get(str(ds.get('Modality') or ''), ())
+    return str(value(ds, 'SOPClassUID') or '') in _IMAGES.get(str(value(ds, 'Modality') or ''), ())
 
 def _check_length(ds, left: int, name: str) -> None:
     "Raise `DicomError` where fewer bytes are `left` in the file than the header claims pixels."
@@ -109,19 +111,20 @@ def _not_dicom(path: Path, head: bytes) -> Unreadable:
     if head[:4] == b'PK\3\4': return _unreadable(path, 'an archive inside the folder')
     return _unreadable(path, 'DICOM without its file header (Part 10)' if head[:2] == b'\x08\0' and head[3:4] == b'\0' else 'not DICOM')
 
-_FINE: set[tuple] = set()     # raw values that were converted before: the slices of a series differ in a few
+_fine: set[tuple] = set()     # raw values that were converted before: the slices of a series differ in a few
 
 def _convert(ds, tags=None) -> None:
     "Convert the elements of `ds` (all, or those of `tags`), so that what cannot be is found now and not where it is used. What went well once is passed over."
-    for tag in (t for t in tags or list(ds._dict) if t in ds._dict):
-        raw = ds._dict[tag]
-        key = (tag, raw.VR, raw.value, raw.is_little_endian, str(ds.original_character_set)) if isinstance(raw, RawDataElement) and isinstance(raw.value, bytes) else None
-        if key in _FINE: continue
+    found, charset = ds._dict, str(ds.original_character_set)
+    for tag in (t for t in tags or list(found) if t in found):
+        raw = found[tag]
+        key = (tag, raw.VR, raw.value, raw.is_little_endian, charset) if isinstance(raw, RawDataElement) and isinstance(raw.value, bytes) else None
+        if key in _fine: continue
         element = ds[tag]
         if element.VR == 'SQ': [_convert(item) for item in element.value or ()]
         else: str(element.value)
-        if key and len(raw.value) < 64: _FINE.add(key)
-    if len(_FINE) > 2**16: _FINE.clear()
+        if key and len(raw.value) < (4096 if element.VR == 'SQ' else 64): _fine.add(key)
+    if len(_fine) > 2**14: _fine.clear()
 
 def read_header(path) -> tuple[pydicom.Dataset, DicomError | None]:
     """The header of `path`, pixels unread, and what is wrong with the image that it describes (None where nothing is; seen without reading pixels).
@@ -131,13 +134,15 @@ def read_header(path) -> tuple[pydicom.Dataset, DicomError | None]:
     try:
         with open(path, 'rb') as file:
             _check_deflated(file, path.name)
-            head = file.read(132); file.seek(0)
-            if head[128:] != b'DICM': raise _not_dicom(path, head)
-            ds = pydicom.dcmread(file, stop_before_pixels=True)
-            ds.pixels_at = file.tell()
+            block = file.read(BLOCK)
+            if block[128:132] != b'DICM': raise _not_dicom(path, block)
+            try: ds, at = raw_header(block, str(path))
+            except DAMAGE:                                   # odd or damaged: pydicom reads it, or says what is wrong
+                file.seek(0); ds = pydicom.dcmread(file, stop_before_pixels=True)
+                at = file.tell()
+            ds.pixels_at = at
             left = os.fstat(file.fileno()).st_size - ds.pixels_at - (8 if ds.original_encoding[0] else 12)
         _convert(ds.file_meta); _convert(ds, _TAGS)
-        for item in ds.get('RadiopharmaceuticalInformationSequence') or []: _convert(item)
     except DicomError: raise
     except (*DAMAGE, InvalidDicomError) as e: raise _unreadable(path, 'damaged', f'{type(e).__name__}: {str(e)[:80]}') from e
     if 'SeriesInstanceUID' not in ds: raise _unreadable(path, *_WITHOUT_SERIES[str(ds.file_meta.get('MediaStorageSOPClassUID') or '').startswith('1.2.840.10008.5.1.4.1.1.')])
@@ -215,7 +220,7 @@ def native(path, ds) -> np.ndarray | None:
 
     A header parsed twice and a decoder's set-up cost ten times what the values of a PET slice do."""
     at, syntax = getattr(ds, 'pixels_at', None), getattr(ds, 'file_meta', {}).get('TransferSyntaxUID')
-    if at is None or syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian) or _size(ds, 'NumberOfFrames', 1) != 1 or ds.get('PixelRepresentation') not in (0, 1) or _overlay_in_pixels(ds): return None
+    if at is None or syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian) or _size(ds, 'NumberOfFrames', 1) != 1 or value(ds, 'PixelRepresentation') not in (0, 1) or _overlay_in_pixels(ds): return None
     (_, h, w), size, implicit = claim(ds, Path(path).name), _check_bits(ds, Path(path).name), syntax == ImplicitVRLittleEndian
     try: file = open(path, 'rb')
     except OSError: return None

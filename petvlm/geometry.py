@@ -9,26 +9,30 @@ import numpy as np
 from .dicomfile import MAX_VOXELS, GeometryError, claim
 from .multiframe import ENHANCED
 from .series import SeriesInfo
+from .petheaders import value
 from .suv import DicomError, tag_name
 
 # %% auto #0
-__all__ = ['TOLERANCE_MM', 'ONE', 'placed']
+__all__ = ['MOST_TILT', 'TOLERANCE_MM', 'ONE', 'placed']
 
 # %% ../nbs/02f_geometry.ipynb #2ff3ce69
+MOST_TILT = 45.     # degrees
 TOLERANCE_MM = .1   # scanners round positions; a displacement below this is none
 
 def _numbers(ds, keyword: str, n: int, name: str) -> np.ndarray:
     "`n` finite numbers of a tag. Raises `GeometryError` where they are missing or others."
-    value = ds.get(keyword)
-    if value is None or value == '' or (not isinstance(value, (int, float)) and not len(value)): raise GeometryError(f"{name}: {tag_name(keyword)} is missing; slices cannot be placed without it")
-    try: found = np.array(value, float).reshape(-1)
-    except (TypeError, ValueError): found = np.array([])
-    if len(found) != n or not np.isfinite(found).all(): raise GeometryError(f"{name}: {tag_name(keyword)} is {value}, expected {n} numbers; export it again")
-    return found
+    found = value(ds, keyword)
+    if found is None or found == '' or (not isinstance(found, (int, float)) and not len(found)): raise GeometryError(f"{name}: {tag_name(keyword)} is missing; slices cannot be placed without it")
+    try: numbers = np.array(found, float).reshape(-1)
+    except (TypeError, ValueError): numbers = np.array([])
+    if len(numbers) != n or not np.isfinite(numbers).all(): raise GeometryError(f"{name}: {tag_name(keyword)} is {found}, expected {n} numbers; export it again")
+    return numbers
+
+_PLANE = ('ImageOrientationPatient', 'PixelSpacing', 'NumberOfFrames')
 
 def _plane(ds, name: str) -> np.ndarray:
     "(3, 2) mm per index step along h and w. Raises `GeometryError` on a missing or skewed orientation."
-    if int(ds.get('NumberOfFrames') or 1) > 1: raise GeometryError(f"{name} is a multi-frame object of another kind than {sorted(ENHANCED.values())}; convert it to classic single-slice DICOM first")
+    if int(value(ds, 'NumberOfFrames') or 1) > 1: raise GeometryError(f"{name} is a multi-frame object of another kind than {sorted(ENHANCED.values())}; convert it to classic single-slice DICOM first")
     row, col = _numbers(ds, 'ImageOrientationPatient', 6, name).reshape(2, 3)
     if abs(np.linalg.norm([row, col], axis=1) - 1).max() > .01 or abs(row @ col) > .01:
         raise GeometryError(f"{name}: {tag_name('ImageOrientationPatient')} {[*row.tolist(), *col.tolist()]} is not a pair of perpendicular unit vectors; export it again")
@@ -59,7 +63,7 @@ _PARTING = ONE | {'FrameReferenceTime': 'moments in time', 'TriggerTime': 'phase
 def _one_volume(series: SeriesInfo) -> None:
     "Raise `GeometryError` where the headers say that a series is several volumes."
     for keyword, what in ONE.items():
-        values = {str(h.get(keyword)) for h in series.headers if h.get(keyword) not in (None, '')}
+        values = {str(v) for v in (value(h, keyword) for h in series.headers) if v not in (None, '')}
         if len(values) > 1:
             raise GeometryError(f"{series.files[0].name}: '{series.description}' holds {len(values)} {what} ({tag_name(keyword)}), expected one; split_series(series, {keyword!r}) parts them, or export one of them")
 
@@ -91,21 +95,19 @@ def _unique(series: SeriesInfo, along: np.ndarray) -> tuple[list[int], list[str]
 # %% ../nbs/02f_geometry.ipynb #e2ebe977
 def _whole(series: SeriesInfo, n: int) -> list[str]:
     "Doubts about whether a series of `n` places is complete, without file names."
-    told = {int(h.NumberOfSlices) for h in series.headers if h.get('NumberOfSlices')}
+    told = {int(n) for n in (value(h, 'NumberOfSlices') for h in series.headers) if n}
     few = [f"{tag_name('NumberOfSlices')} says {max(told)}, {n} were found"] if len(told) == 1 and n < max(told) else []
     return few + ([f"{len(series.damaged)} damaged DICOM file(s) lay beside the series"] if series.damaged else [])
 
-def placed(series: SeriesInfo) -> tuple[np.ndarray, list[int], list[str], list[str]]:
-    """Affine (4, 4) of the stored order (d along the normal), slice indices in that order, reasons for slices dropped, doubts about completeness.
-
-    Reads headers only, except where two slices share a place. Raises `GeometryError` naming file and position, `DicomError` where a file claims or holds no readable image."""
+def _placed(series: SeriesInfo) -> tuple[np.ndarray, list[int], list[str], list[str]]:
     if series.refusal: raise series.refusal
     names = [series.name(i) for i in range(len(series))]
     voxels = sum(prod(claim(h, n)[1:]) for h, n in zip(series.headers, names))
     if voxels > MAX_VOXELS: raise DicomError(f"{names[0]}: '{series.description}' has {voxels:,} voxels in {len(series)} slices, expected at most {MAX_VOXELS:,}; export it in parts")
     try:
         plane = _plane(series.headers[0], names[0])
-        for ds, name in zip(series.headers, names):
+        told = [tuple(map(str, (value(ds, k) for k in _PLANE))) for ds in series.headers]
+        for ds, name in ((series.headers[i], names[i]) for i in range(len(told)) if told[i] != told[0]):
             if abs(_plane(ds, name) - plane).max() > 1e-3: raise GeometryError(f"{name}: orientation or pixel spacing differs from {names[0]}; export one plane only")
         normal = np.cross(plane[:, 1], plane[:, 0]); normal /= np.linalg.norm(normal)
         positions = np.array([_numbers(h, 'ImagePositionPatient', 3, n) for h, n in zip(series.headers, names)])
@@ -113,9 +115,19 @@ def placed(series: SeriesInfo) -> tuple[np.ndarray, list[int], list[str], list[s
         order, dropped = _unique(series, positions @ normal)
         if len(order) < 2: raise GeometryError(f"{names[0]}: only one slice at {positions[0] @ normal:.2f} mm; a volume needs at least two")
         step = _regular(positions[order], positions[order] @ normal, [names[i] for i in order])
+        tilt = np.degrees(np.arccos(np.clip(step @ normal/np.linalg.norm(step), -1, 1)))
+        if tilt > MOST_TILT: raise GeometryError(f"from {names[order[0]]} to {names[order[1]]} the slices move {tilt:.0f} degrees off their normal, expected at most {MOST_TILT:g} (a tilted gantry: 30); {tag_name('ImagePositionPatient')} or orientation is wrong, export it again")
     except GeometryError as e:
         if not series.damaged: raise
         raise GeometryError(f"{e}. Beside it lay {len(series.damaged)} file(s) that could not be read (SeriesInfo.damaged and find_series(...).named name them)") from e
     affine = np.eye(4)
     affine[:3] = np.column_stack([step, plane, positions[order[0]]])
     return affine, order, dropped, _whole(series, len(order))
+
+def placed(series: SeriesInfo) -> tuple[np.ndarray, list[int], list[str], list[str]]:
+    """Affine (4, 4) of the stored order (d along the normal), slice indices in that order, reasons for slices dropped, doubts about completeness; worked out once for a series.
+
+    Reads headers only, except where two slices share a place. Raises `GeometryError` naming file and position, `DicomError` where a file claims or holds no readable image."""
+    if 'placed' not in series.known: series.known['placed'] = _placed(series)
+    affine, *lists = series.known['placed']
+    return (affine.copy(), *map(list, lists))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from datetime import datetime, timedelta
 import numpy as np
-from .petheaders import given_moment, made_by, private, refuse, seconds, several, single, stamp, tag_name, tracers, when, zone_of
+from .petheaders import given_moment, made_by, private, refuse, seconds, several, single, stamp, tag_name, tracers, value, when, zone_of
 
 # %% auto #0
 __all__ = ['AGREE_S', 'MAX_HALF_LIVES', 'SHIFTED_S', 'decay_mode', 'mean_rate_s', 'scan_start', 'reference_times', 'injection',
@@ -32,7 +32,7 @@ def _clock(value, zone) -> datetime | None:
 def _acquired(headers) -> list[datetime]:
     "Start of acquisition of every header; empty when any lacks a time."
     zone = zone_of(headers)
-    times = [when(h.get('AcquisitionDate') or h.get('SeriesDate') or h.get('StudyDate'), h.get('AcquisitionTime'), zone) or _clock(h.get('AcquisitionDateTime'), zone) for h in headers]
+    times = [when(value(h, 'AcquisitionDate') or value(h, 'SeriesDate') or value(h, 'StudyDate'), value(h, 'AcquisitionTime'), zone) or _clock(value(h, 'AcquisitionDateTime'), zone) for h in headers]
     return times if all(times) else []
 
 def mean_rate_s(duration_s, half_life_s: float):
@@ -43,7 +43,7 @@ def mean_rate_s(duration_s, half_life_s: float):
 
 def _frame_s(headers, keyword: str) -> np.ndarray | None:
     "A per-frame time tag (ms in DICOM) in s, one per header, or None when any lacks it."
-    values = [h.get(keyword) for h in headers]
+    values = [value(h, keyword) for h in headers]
     return None if any(v in (None, '') for v in values) else np.array([float(v) for v in values]) / 1000
 
 # %% ../nbs/01d_petclock.ipynb #551f14f2

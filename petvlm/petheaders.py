@@ -8,10 +8,13 @@ import re
 from datetime import datetime, timedelta, timezone
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 
 # %% auto #0
-__all__ = ['NO_DATE', 'DicomError', 'SUVError', 'tag_name', 'refuse', 'single', 'number', 'tracers', 'several', 'text', 'made_by',
-           'private', 'offset', 'zone_of', 'when', 'stamp', 'given_moment', 'seconds']
+__all__ = ['TAGS', 'TRACER', 'NO_DATE', 'DicomError', 'SUVError', 'tag_name', 'refuse', 'tag_of', 'value', 'single', 'number',
+           'tracers', 'several', 'text', 'made_by', 'private', 'offset', 'zone_of', 'when', 'stamp', 'given_moment',
+           'seconds']
 
 # %% ../nbs/01a_petheaders.ipynb #89e767e8
 class DicomError(ValueError): "DICOM that cannot be turned into a Volume; the message names the tag or file, what was found and what to do."
@@ -27,31 +30,57 @@ def refuse(keyword: str, found: str, remedy: str):
     raise SUVError(f"{tag_name(keyword)} {found}. Remedy: {remedy}.")
 
 # %% ../nbs/01a_petheaders.ipynb #d0da523a
+TAGS: dict[int, BaseTag] = {}
+_words, _values, _PLAIN = {}, {}, {'DS', 'IS', 'US', 'SS', 'UL', 'SL', 'FD', 'FL', 'UI', 'CS', 'DA', 'TM', 'DT'}      # whatever the character set
+
+def tag_of(number: int) -> BaseTag:
+    "pydicom's tag of a `number`, always the same object: dictionaries find it without comparing."
+    return TAGS.get(number) or TAGS.setdefault(number, BaseTag(number))
+
+def value(ds: Dataset, keyword: str):
+    "`ds.get(keyword)`, to be looked at and not to be changed, in a tenth of the time: a scan has a thousand headers, each asked for forty tags, and most say the same."
+    tag = _words.get(keyword) or _words.setdefault(keyword, tag_of(tag_for_keyword(keyword)))
+    element = ds._dict.get(tag)
+    if element is None: return None
+    if not isinstance(element, RawDataElement): return element.value
+    if element.VR not in _PLAIN or not isinstance(element.value, bytes) or len(element.value) > 64: return ds[tag].value
+    key = (keyword, element.VR, element.value, element.is_little_endian)
+    if key not in _values:
+        if len(_values) > 2**14: _values.clear()
+        _values[key] = ds[tag].value
+    return _values[key]
+
 def single(headers, keyword: str):
     "The single non-empty value of `keyword` over all `headers`, or None. Refuses several."
-    found = {str(v): v for v in (h.get(keyword) for h in headers) if v not in (None, '')}
+    found = {str(v): v for v in (value(h, keyword) for h in headers) if v not in (None, '')}
     shown = '' if 'Date' in keyword else f" ({', '.join(list(found)[:3])} ...)"                       # a date may lead back to a patient
     if len(found) > 1: refuse(keyword, f"has {len(found)} values in one series{shown}", "separate the scans that were mixed")
     return next(iter(found.values()), None)
 
 def number(headers, keyword: str) -> float:
     "The single value of `keyword` as a number, 0 where it is missing. Refuses what is no finite number."
-    value = single(headers, keyword)
-    try: x = float(value or 0)
+    found = single(headers, keyword)
+    try: x = float(found or 0)
     except (TypeError, ValueError): x = float('nan')
-    if not abs(x) < float('inf'): refuse(keyword, f"is {value!r}, expected one number", "pass the value by its keyword")
+    if not abs(x) < float('inf'): refuse(keyword, f"is {found!r}, expected one number", "pass the value by its keyword")
     return x
+
+TRACER = tag_of(0x00540016)     # RadiopharmaceuticalInformationSequence
 
 def tracers(headers) -> list[Dataset]:
     "The radiopharmaceutical item of each header that has one. Refuses two tracers in one scan."
-    items = [list(h.get('RadiopharmaceuticalInformationSequence') or []) for h in headers]
+    items, known = [], {}                         # as many slices, one item, written the same in each
+    for h in headers:
+        raw = h._dict.get(TRACER); key = raw.value if isinstance(raw, RawDataElement) and isinstance(raw.value, bytes) else None
+        if key not in known or key is None: known[key] = list(value(h, 'RadiopharmaceuticalInformationSequence') or [])
+        items.append(known[key])
     if any(len(i) > 1 for i in items): refuse('RadiopharmaceuticalInformationSequence', "holds several tracers", "pass dose_bq=, half_life_s= and injection_time=")
     return [i[0] for i in items if i]
 
 def several(ds: Dataset, keyword: str) -> set[str]:
     "All values of a tag that may hold one (then pydicom gives a plain string) or many, in capitals."
-    value = ds.get(keyword) or []
-    return {str(v).upper() for v in ([value] if isinstance(value, str) else value)}
+    found = value(ds, keyword) or []
+    return {str(v).upper() for v in ([found] if isinstance(found, str) else found)}
 
 # %% ../nbs/01a_petheaders.ipynb #b17edf66
 def text(value) -> str:

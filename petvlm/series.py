@@ -13,6 +13,7 @@ from pydicom.datadict import tag_for_keyword
 from .archive import Room, is_dicomdir, referenced, unpack
 from .dicomfile import DAMAGE, Pixels, Unreadable, is_image, native, read_header
 from .multiframe import ENHANCED, frames
+from .petheaders import value
 from .suv import DicomError, attenuation_corrected, tag_name
 
 # %% auto #0
@@ -35,6 +36,7 @@ class SeriesInfo:
     refusal: DicomError | None = field(default=None, repr=False) # why it cannot be read, seen from the headers
     damaged: tuple[str, ...] = field(default=(), repr=False)     # files found with it that could not be read, with reasons
     room: Room | None = field(default=None, repr=False)          # keeps an unpacked archive alive
+    known: dict = field(default_factory=dict, init=False, repr=False)     # what was worked out from the headers
 
     @property
     def units(self) -> str: return 'HU' if self.modality == 'CT' else str(self.headers[0].get('Units') or '')
@@ -70,9 +72,9 @@ class SeriesList(list):
 # %% ../nbs/02e_series.ipynb #1330cbe5
 def _group(ds) -> tuple:
     "What must agree within one volume."
-    try: plane = tuple(round(float(v), 2) + 0. for v in ds.get('ImageOrientationPatient') or ())
+    try: plane = tuple(round(float(v), 2) + 0. for v in value(ds, 'ImageOrientationPatient') or ())
     except (TypeError, ValueError): plane = ()      # refused later, with the file's name
-    return (str(ds.SeriesInstanceUID), plane, str(ds.get('Rows')), str(ds.get('Columns')))
+    return (str(ds.SeriesInstanceUID), plane, str(value(ds, 'Rows')), str(value(ds, 'Columns')))
 
 def _info(found: list[tuple[Path, int, pydicom.Dataset, DicomError | None]], **more) -> SeriesInfo:
     files, places, headers, problems = zip(*found)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage as ndi
+from scipy.sparse import csr_array
 from .files import DAMAGE, atomic, read_json
 
 # %% auto #0
@@ -131,9 +132,13 @@ def _area(x, n: int, step: float) -> np.ndarray:
     return (w / np.maximum(w.sum(1, keepdims=True), 1e-9)).astype(np.float32)
 
 def _along(data, w, axis: int) -> np.ndarray:
-    "`data` (D, H, W) with `w` (new, old) applied along `axis`; one BLAS call, no transposed copy."
-    if axis == 0: return (w @ data.reshape(len(data), -1)).reshape(len(w), *data.shape[1:])
-    return data @ w.T if axis == 2 else np.matmul(w, data)
+    "`data` (D, H, W) with `w` (new, old) applied along `axis`. A new voxel has weights for a few old ones: along d and h whole rows are added up, along w one BLAS call is quicker."
+    if axis == 2: return data @ w.T
+    w = csr_array(w)
+    if axis == 0: return (w @ data.reshape(len(data), -1)).reshape(w.shape[0], *data.shape[1:])
+    out = np.empty((len(data), w.shape[0], data.shape[2]), np.result_type(w, data))
+    for new, old in zip(out, data): new[:] = w @ old
+    return out
 
 # %% ../nbs/01_volume.ipynb #96d1e8c3
 def _separable(data, x, step, order: int, fill: float) -> np.ndarray:
