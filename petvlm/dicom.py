@@ -131,15 +131,15 @@ class Pair:
     ct: SeriesInfo | None
     refused: tuple[tuple[SeriesInfo, str], ...]
 
-def _refusal(series: SeriesInfo) -> str | None:
-    "Why `series` cannot be read, or None. Reads headers only."
+def _refusal(series: SeriesInfo, given: dict) -> str | None:
+    "Why `series` cannot be read, PET with the overrides `given`, or None. Reads headers only."
     if series.modality not in _READERS: return f"modality {series.modality or 'missing'} is not an image that is read"
     if series.refusal: return str(series.refusal)
     if len(series) < 2: return "a single image is no volume"
     if _localizer(series): return "a localizer"
     try:
         placed(series)
-        if series.modality == 'PT': _factors(series, {})
+        if series.modality == 'PT': _factors(series, given)
     except DicomError as e: return str(e)
     return None
 
@@ -191,11 +191,12 @@ def _why_not_pet(series: SeriesInfo, pet: SeriesInfo) -> str:
     return (f"{usual}; it shows another part of the body ({a:.0f} to {b:.0f} mm, the chosen one {c:.0f} to {d:.0f} mm): a PET split over several series. "
             + ("Export them as one series, or read it by itself" if series.frame == pet.frame else "They differ in FrameOfReferenceUID, so the patient was moved between them: read it by itself"))
 
-def pair_pet_ct(series) -> Pair:
+def pair_pet_ct(series, suv_type: str = 'bw', **overrides) -> Pair:
     """The PET and CT of `series` (from `find_series`) that belong together, with a reason for every series refused.
 
-    PETs whose SUV the headers do not settle are refused with that reason, uncorrected PETs among them. CTs within `MAX_HOURS`, by FrameOfReferenceUID, study, coverage of the PET, kernel (`softness`), then slices."""
-    refused = [(s, why) for s in series if (why := _refusal(s))]
+    PETs whose SUV (`suv_type`) neither the headers nor `overrides`, as in `read_series`, settle are refused with that reason, uncorrected PETs among them. CTs within `MAX_HOURS`, by FrameOfReferenceUID, study, coverage of the PET, kernel (`softness`), then slices."""
+    given = {k: v for k, v in overrides.items() if v is not None} | ({'suv_type': suv_type} if suv_type != 'bw' else {})
+    refused = [(s, why) for s in series if (why := _refusal(s, given))]
     bad = {id(s) for s, _ in refused}
     pets, cts = ([s for s in series if s.modality == m and id(s) not in bad] for m in ('PT', 'CT'))
     pet = max(pets, key=lambda s: (s.attenuation_corrected is True, len(s)), default=None)

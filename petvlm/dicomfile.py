@@ -145,11 +145,13 @@ def read_header(path) -> tuple[pydicom.Dataset, DicomError | None]:
         _convert(ds.file_meta); _convert(ds, _TAGS)
     except DicomError: raise
     except (*DAMAGE, InvalidDicomError) as e: raise _unreadable(path, 'damaged', f'{type(e).__name__}: {str(e)[:80]}') from e
-    if 'SeriesInstanceUID' not in ds: raise _unreadable(path, *_WITHOUT_SERIES[str(ds.file_meta.get('MediaStorageSOPClassUID') or '').startswith('1.2.840.10008.5.1.4.1.1.')])
+    if 'SeriesInstanceUID' not in ds: raise _unreadable(path, *_without_series(UID(str(ds.file_meta.get('MediaStorageSOPClassUID') or ''))))
     return ds, _image_problem(ds, left, path.name)
 
-# a stored object always has a series (PS3.3 7.3), a DICOMDIR has none
-_WITHOUT_SERIES = {True: ('damaged', 'it ends inside its header'), False: ('DICOM without a series',)}
+def _without_series(kind: UID) -> tuple[str, ...]:
+    "A stored object always has a series (PS3.3 7.3); a DICOMDIR, a hanging protocol and the like have none. What is of no known kind is damaged."
+    whole = kind.name != str(kind) and not kind.startswith('1.2.840.10008.5.1.4.1.1.')
+    return ('DICOM without a series',) if whole else ('damaged', 'it ends inside its header, or holds no series')
 
 def _image_problem(ds, left: int, name: str) -> DicomError | None:
     if not is_image(ds): return None

@@ -103,7 +103,9 @@ def _stored(data, affine, dtype) -> nib.Nifti1Image:
 def petar_standard(pet, ct, mask) -> dict[str, nib.Nifti1Image]:
     """PET (SUVbw), CT (HU) and mask of one grid, as `Volume` or NIfTI images, as PETAR stores them: cut above the head, 3 mm, 200 x 200 in the plane, up to 350 slices; (X, Y, Z), z to the head.
 
-    Raises `FocalError` where the three do not share a grid. Source: petar-release, inference.py and utils.py; equal to it in `tests/test_petar_data.py`. Cropping from more than 200 voxels or 350 slices is as read, not compared."""
+    Raises `FocalError` where the three do not share a grid, or a `Volume` is in another unit. Source: petar-release, inference.py and utils.py; equal to it in `tests/test_petar_data.py`. Cropping from more than 200 voxels or 350 slices is as read, not compared."""
+    wrong = [f"{k} is in {v.unit!r}, expected {u}" for k, v, u in (('pet', pet, 'SUVbw'), ('ct', ct, 'HU'), ('mask', mask, 'label')) if isinstance(v, Volume) and v.unit != u]
+    if wrong: raise FocalError(f"{'; '.join(wrong)}; convert them first")
     images = {k: _petar_image(v) for k, v in (('pet', pet), ('ct', ct), ('mask', mask))}
     shapes = {k: i.shape for k, i in images.items()}
     if len(set(shapes.values())) > 1: raise FocalError(f"PET, CT and mask must share one grid, found {shapes}; resample(ct, like=pet) first")

@@ -24,7 +24,7 @@ class SourceError(ValueError):
 def dicom_study(folder, **overrides) -> Study:
     "The PET/CT study in `folder` (any depth): volumes 'pet' (SUVbw) and 'ct' (HU). `overrides` as in `read_series`. Raises `DicomError` or `SUVError` with the reason."
     series = find_series(folder)
-    pair = pair_pet_ct(series)
+    pair = pair_pet_ct(series, **overrides)
     refused = [{'description': s.description, 'modality': s.modality, 'reason': why} for s, why in pair.refused]
     if pair.pet is None or pair.ct is None: raise DicomError(f"{folder}: no PET and CT that belong together; {[(r['modality'], r['reason']) for r in refused]}")
     return Study(Path(folder).name, {'pet': read_series(pair.pet, **overrides), 'ct': read_series(pair.ct)}, provenance={'source': 'dicom', 'refused': refused})
