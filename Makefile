@@ -1,12 +1,14 @@
 # make repro            environment + data + every table of the paper, at the scale named in params.yaml
 # make repro SCALE=smoke   the same path, too short to learn anything
 # make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
+# make fuzz             20,000 damaged inputs: right, refused, wrong, crashed, hung (two minutes)
 # make lab              JupyterLab
 # make study DICOM=folder  a real PET/CT folder -> one HTML page
 PYTHON ?= python3
 VENV   ?= .venv
 SCALE  ?=
 DICOM  ?=
+INPUTS ?= 20000
 BIN     = $(abspath $(VENV))/bin
 STAMP   = $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
@@ -14,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env data plan repro test test-slow lab study docs lock clean
+.PHONY: help env data plan repro test test-slow fuzz lab study docs lock clean
 
 help:
 	@sed -n 's/^# \(make.*\)/  \1/p' Makefile
@@ -45,6 +47,9 @@ test: env
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+fuzz: env
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs $(INPUTS)
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb

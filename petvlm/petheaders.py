@@ -115,11 +115,13 @@ def zone_of(headers) -> timezone | None:
 
 def when(date, time, zone: timezone | None = None) -> datetime | None:
     "`date` YYYYMMDD and `time` HHMM[SS[.ffffff]] in `zone`; None without a time."
-    time = str(time or '').replace(':', '').strip()
+    time = str(time or '').replace(':', '').strip('\0 ')
     if not time: return None
-    hms, _, fraction = time.partition('.')
-    date = re.sub(r'\D', '', str(date or '')) or NO_DATE
-    try: return datetime.strptime(date[:8] + hms.ljust(6, '0')[:6], '%Y%m%d%H%M%S').replace(tzinfo=zone) + timedelta(seconds=float(f'0.{fraction or 0}'))
+    day = re.sub(r'[./-]', '', str(date or '')).strip('\0 ') or NO_DATE
+    hms = re.fullmatch(r'((?:\d\d){1,3})(\.\d*)?', time)
+    try:
+        if not hms or not re.fullmatch(r'\d{8}', day): raise ValueError('digits are missing')      # strptime would take some from the date for the time
+        return datetime.strptime(day + hms[1].ljust(6, '0'), '%Y%m%d%H%M%S').replace(tzinfo=zone) + timedelta(seconds=float(f"0{hms[2] or ''}"))
     except ValueError as e: raise SUVError(f"a date with time {time!r} cannot be read, expected YYYYMMDD and HHMMSS. Remedy: pass injection_time= and reference_time=.") from e
 
 def stamp(value, zone: timezone | None = None) -> datetime | None:

@@ -25,17 +25,17 @@ _VR = {vr.value.encode(): vr.value for vr in VRS if len(vr.value) == 2}
 _LONG_VR = {b'OB', b'OD', b'OF', b'OL', b'OW', b'OV', b'SQ', b'SV', b'UC', b'UN', b'UR', b'UT', b'UV'}
 _PIXELS = {0x7FE00008, 0x7FE00009, 0x7FE00010}
 UNDEFINED = 0xFFFFFFFF
-_SYNTAX, _CHARSET = tag_of(0x00020010), tag_of(0x00080005)
+_SYNTAX = tag_of(0x00020010)
 
 class NotPlain(ValueError): "A header that is left to pydicom."
 
-def _elements(block: bytes, at: int, meta: bool, encoding=default_encoding) -> tuple[dict, int]:
-    "Raw elements of `block` from `at` on, up to the pixels (`meta`: up to the end of group 2), and where they end. Raises `NotPlain`."
-    out, size, known = {}, len(block), TAGS
+def _elements(block: bytes, at: int, meta: bool) -> tuple[dict, int, str | list[str]]:
+    "Raw elements of `block` from `at` on, up to the pixels (`meta`: up to the end of group 2), where they end, and their character set. Raises `NotPlain`."
+    out, size, known, encoding = {}, len(block), TAGS, default_encoding
     while at + 12 <= size:
         group, element, vr, length = _SHORT(block, at)
         number = group << 16 | element
-        if group != 2 if meta else number in _PIXELS: return out, at
+        if group != 2 if meta else number in _PIXELS: return out, at, encoding
         name, start = _VR.get(vr), at + 8
         if name is None: raise NotPlain(f"value representation {vr!r}")
         if vr in _LONG_VR: length, start = _LONG(block, start)[0], start + 4
@@ -48,6 +48,7 @@ def _elements(block: bytes, at: int, meta: bool, encoding=default_encoding) -> t
         at = start + length
         if at > size: raise NotPlain('it goes on beyond the block')
         out[tag] = tuple.__new__(RawDataElement, (tag, name, length, block[start:at] if length else empty_value_for_VR(name, raw=True), start, False, True, True, False))     # as RawDataElement(...), which takes three times as long
+        if number == 0x00080005: encoding = convert_encodings(convert_raw_data_element(out[tag]).value)
     raise NotPlain('it goes on beyond the block')
 
 @lru_cache
@@ -58,12 +59,10 @@ def _plain(syntax: bytes) -> bool:
 
 def raw_header(block: bytes, name: str) -> tuple[FileDataset, int]:
     "The header that the first bytes `block` of the file `name` hold, as `pydicom.dcmread(name, stop_before_pixels=True)` gives it, and where the pixels begin. Raises `NotPlain` for what is to be left to pydicom."
-    meta, at = _elements(block, 132, True)
+    meta, at, _ = _elements(block, 132, True)
     syntax = meta[_SYNTAX].value if _SYNTAX in meta else b''
     if not _plain(syntax): raise NotPlain(f"transfer syntax {syntax!r}")
-    found, at = _elements(block, at, False)
-    told = found.get(_CHARSET)
-    encoding = convert_encodings(convert_raw_data_element(told).value) if told is not None else default_encoding
+    found, at, encoding = _elements(block, at, False)
     ds = FileDataset(name, Dataset(found), block[:128], FileMetaDataset(meta), False, True)
     ds.set_original_encoding(False, True, encoding)
     return ds, at

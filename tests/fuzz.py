@@ -151,9 +151,9 @@ def dicom(rng, room: Path) -> tuple[str, object]:
     (slices, allowed), (whole, true) = dicom_oracle(room), sound(coded)            # what hides the rest of a file from pydicom may leave its values as they were
     slices, allowed, truth = slices + whole, allowed | true, max(true)
     if volume.unit == 'SUVbw':
-        normal = np.array(volume.affine[:3, 0])/np.linalg.norm(volume.affine[:3, 0])
+        normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1]); normal /= np.linalg.norm(normal)
         for d in range(volume.shape[0]):
-            mine, place = np.sort(volume.data[d].ravel().astype(float)), float(volume.affine[:3, 3] @ normal + d*volume.spacing[0])
+            mine, place = np.sort(volume.data[d].ravel().astype(float)), float((volume.affine[:3, 3] + d*volume.affine[:3, 0]) @ normal)
             if not any(abs(abs(place) - abs(z)) < .6 and any(np.allclose(mine, f*values, rtol=2e-3, atol=1e-6) for f in allowed) for z, values in slices if len(values) == len(mine)):
                 raise Wrong(f'{how}: slice {d} at {place:.2f} mm is not what pydicom and the formula give')
         if impossible and not 'RescaleSlope' in impossible and abs(volume.meta['suv']['factor'][1]/truth - 1) > .01: raise Wrong(f"{how}: SUV changed by {volume.meta['suv']['factor'][1]/truth:g}")
