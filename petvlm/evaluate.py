@@ -19,7 +19,7 @@ from .endpoint import endpoint_writer, served
 from .findings import Finding, Study
 from .generate import ARMS, write
 from .lesiontext import insert_measured, parse_lesion
-from .m3dvqa import Guess, is_correct
+from .m3dvqa import LETTERS, Guess, is_correct, says
 from .prepare import scaled, standardise, to_grid
 from .probe import similarities
 from .processor import PetVLMProcessor
@@ -68,7 +68,7 @@ def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list
     if task == 'report' and normal: return [normal(rows.records[q.row]['region'], cfg.data.language) for q in questions]
     if task == 'closed_vqa':
         guess = Guess([q for r in train for q in _offered(r)])
-        return [f"{guess(q)}." for r in rows.records for q in _offered(r)]
+        return [f"{(letter := guess(q))}. {q['choices'][LETTERS.index(letter)]}." for r in rows.records for q in _offered(r)]
     said = {}
     for q in QUESTIONS[task](Rows(rows.folder, 'train'), cfg): said.setdefault(q.group, Counter())[q.answer] += 1
     return [said[q.group].most_common(1)[0][0] if q.group in said else '' for q in questions]
@@ -121,7 +121,10 @@ def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, lis
     questions = QUESTIONS[task](rows, cfg)
     texts, patients = answers(speak, rows, cfg, task, questions, arm), [rows.records[q.row]['patient'] for q in questions]
     references, groups, often = [q.answer for q in questions], [q.group for q in questions], dict(n=cfg.evaluation.bootstrap, seed=cfg.seed)
-    if task == 'closed_vqa': judged = judge_choices([is_correct(t, a[0]) for t, a in zip(texts, references)], patients, groups, **often)
+    if task == 'closed_vqa':
+        judged = judge_choices([is_correct(t, a[0]) for t, a in zip(texts, references)], patients, groups, **often)
+        beside = judge_choices([says(t, a) for t, a in zip(texts, references)], patients, groups, **often)     # the choice's text, whatever its letter
+        judged = _joined(judged, {part: {k.replace('.accuracy', '_text.accuracy'): v for k, v in beside[part].items()} for part in ('metrics', 'per_patient')})
     else:
         facts = {'predicted': [parse(cfg.data)(t) for t in texts], 'truth': [rows.findings(q.row) for q in questions]} if task == 'report' else {}
         judged = judge(texts, references, patients, metrics=cfg.evaluation.metrics, groups=groups if any(groups) else None, **often, **facts)

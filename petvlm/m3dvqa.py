@@ -17,7 +17,7 @@ from .wording import ReportError, finding_name, pick, site_name, wording
 __all__ = ['CATEGORIES', 'PLANES', 'PHASES', 'LETTERS', 'PLANE_WORDS', 'PHASE_WORDS', 'ASKED', 'NOTHING_SEEN', 'BOTH_SIDES',
            'SIDE_WORDS', 'ALSO', 'AROUND', 'CM3', 'TISSUES', 'LARGEST', 'QuestionError', 'kind_words', 'lesion_words',
            'region_words', 'closed_prompt', 'closed_answer', 'also_true', 'tissue', 'm3d_questions', 'stated_letter',
-           'is_correct', 'Guess']
+           'is_correct', 'says', 'Guess']
 
 # %% ../nbs/05h_m3dvqa.ipynb #7f51222c
 CATEGORIES = ('Plane', 'Phase', 'Organ', 'Abnormality', 'Location')      # question types 1 to 5 of M3D-VQA
@@ -223,6 +223,11 @@ def is_correct(prediction: str, letter: str, strict: bool = False) -> bool:
     "Whether a closed answer is right: by the published rule `letter.` occurs in it (M3D's and Med3DVLM's evaluation); `strict`: the first letter stated is `letter`."
     if letter not in tuple(LETTERS): raise QuestionError(f"letter: found {letter!r}, expected one of {tuple(LETTERS)}")
     return stated_letter(prediction) == letter if strict else f'{letter}.' in prediction
+
+def says(prediction: str, answer: str) -> bool:
+    "Whether a closed answer says the text of the right choice, whatever letter stands before it. No published rule: it tells a model that sees but cannot tell letters apart from one that does not see."
+    bare = lambda text: re.sub(r'^\s*[A-D]\s*[.:)]', '', text).strip(' .').casefold()
+    return bare(prediction) == bare(answer)
 
 # %% ../nbs/05h_m3dvqa.ipynb #6ef5309c
 class Guess:

@@ -54,7 +54,9 @@ def _kind(metric: str) -> str: return 'n' if _size(metric) else _parts(metric)[1
 def group_label(group: str) -> str:
     "What a group of metrics is called: 'organ' -> 'Organ', 'ir.r1' -> 'IR R@1'; '' of one without."
     way, dot, k = group.partition('.r')
-    return f'{way.upper()} R@{k}' if dot else group[:1].upper() + group[1:]
+    if dot: return f'{way.upper()} R@{k}'
+    name, text = group.removesuffix('_text'), group.endswith('_text')
+    return f"{name[:1].upper()}{name[1:]}{' (text of the choice)'*text}"
 
 class Labels(dict):
     "Metric -> its name on paper; raises `TableError` for one that has none."

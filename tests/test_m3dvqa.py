@@ -6,7 +6,7 @@ from petvlm.anatomy import LABEL, ORGAN_LABELS
 from petvlm.config import Data
 from petvlm.findings import KINDS, ORGANS, REGIONS, SITES, Finding, Study
 from petvlm.m3dvqa import (ALSO, AROUND, BOTH_SIDES, CATEGORIES, LETTERS, NOTHING_SEEN, PHASE_WORDS, PHASES, PLANE_WORDS, PLANES, SIDE_WORDS, TISSUES, Guess, QuestionError, closed_answer, closed_prompt, is_correct,
-                           kind_words, lesion_words, m3d_questions, region_words, stated_letter)
+                           kind_words, lesion_words, m3d_questions, region_words, says, stated_letter)
 from petvlm.phantom import draw, reports_of, sample_patient
 from petvlm.phases import CORTEX_MM, PhaseError, enhance, gains, move, reformat
 from petvlm.prepare import PrepareError, scaled, to_grid
@@ -318,3 +318,7 @@ def test_the_largest_organ_is_in_the_box_of_its_region(study):
         own = sum(n[x] for x in names[region])
         others = {k: v for k, v in n.items() if k not in (*names[region], 'background', 'fat', 'muscle', 'humerus', 'psoas', 'skull')}
         assert own > max(others.values()), (region, own, max(others, key=others.get))
+
+
+@pytest.mark.parametrize('said,right', [('C. Axial.', True), ('axial', True), ('B) Axial', True), ('C. Coronal', False), ('C.', False), ('', False)])
+def test_the_text_of_a_choice_counts_beside_its_letter(said, right): assert says(said, 'A. Axial') == right
