@@ -36,8 +36,8 @@ def _check_span(stored: np.ndarray, ds, name: str) -> None:
     if stored.min() < lowest or stored.max() > highest:
         raise DicomError(f"{name}: stored values {stored.min()} to {stored.max()}, its real world value mapping holds for {lowest:g} to {highest:g}; export it again, or as a classic series")
 
-def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
-    "`(stored*slope + intercept) * factor` as float32 (D, H, W) in `order`; `factor` one per slice. A file of many frames is opened once."
+def _values(series: SeriesInfo, order: list[int], factor, floor: float | None = None) -> np.ndarray:
+    "`(stored*slope + intercept) * factor` as float32 (D, H, W) in `order`, no less than `floor`; `factor` one per slice. A file of many frames is opened once."
     ds, pixels = series.headers[0], None
     out = np.empty((len(order), ds.Rows, ds.Columns), np.float32)
     for slab, i, f in zip(out, order, factor):
@@ -51,6 +51,7 @@ def _values(series: SeriesInfo, order: list[int], factor) -> np.ndarray:
         _check_span(stored, series.headers[i], name)
         np.multiply(stored, np.float32(slope*f), out=slab, casting='unsafe')
         if intercept: slab += np.float32(intercept*f)
+        if floor is not None: np.maximum(slab, floor, out=slab)
     return out
 
 # %% ../nbs/03_dicom.ipynb #7fdf0567
@@ -82,8 +83,7 @@ def _read_ct(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
     kind = str(series.headers[0].get('RescaleType') or 'HU')
     if kind not in ('HU', 'US'): raise DicomError(f"{tag_name('RescaleType')} is {kind}, expected HU; this CT is not in Hounsfield units")
     # scanners fill outside the reconstruction circle with any very low value; nothing is less dense than air (-1024 with noise)
-    hu = _values(series, order, np.ones(len(order)))
-    return np.maximum(hu, -1024, out=hu), 'HU', {'floor': -1024}
+    return _values(series, order, np.ones(len(order)), -1024), 'HU', {'floor': -1024}
 
 _READERS = {'PT': _read_pt, 'CT': _read_ct}
 

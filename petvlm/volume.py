@@ -131,13 +131,14 @@ def _area(x, n: int, step: float) -> np.ndarray:
     w = np.clip(np.minimum(hi, j+.5) - np.maximum(lo, j-.5), 0, None)
     return (w / np.maximum(w.sum(1, keepdims=True), 1e-9)).astype(np.float32)
 
-def _along(data, w, axis: int) -> np.ndarray:
-    "`data` (D, H, W) with `w` (new, old) applied along `axis`. A new voxel has weights for a few old ones: along d and h whole rows are added up, along w one BLAS call is quicker."
-    if axis == 2: return data @ w.T
-    w = csr_array(w)
-    if axis == 0: return (w @ data.reshape(len(data), -1)).reshape(w.shape[0], *data.shape[1:])
-    out = np.empty((len(data), w.shape[0], data.shape[2]), np.result_type(w, data))
-    for new, old in zip(out, data): new[:] = w @ old
+def _slices(data, w) -> np.ndarray:
+    "`data` (D, H, W) with `w` (D', D) applied along d. A new voxel has weights for a few old ones: whole slices are added up."
+    return (csr_array(w) @ data.reshape(len(data), -1)).reshape(len(w), *data.shape[1:])
+
+def _planes(data, wh, ww) -> np.ndarray:
+    "`data` (D, H, W) with `wh` (H', H) along h and `ww` (W', W) along w: rows are added up, along w one BLAS call is quicker. Slice by slice, which stays in the cache."
+    out, rows = np.empty((len(data), len(wh), len(ww)), np.float32), csr_array(wh)
+    for new, old in zip(out, data): np.matmul(rows @ old, ww.T, out=new)
     return out
 
 # %% ../nbs/01_volume.ipynb #96d1e8c3
@@ -147,8 +148,9 @@ def _separable(data, x, step, order: int, fill: float) -> np.ndarray:
     inside = [(p > -.5 - 1e-6) & (p < m - .5 + 1e-6) for p, m in zip(x, n)]
     if order == 0: data = data[np.ix_(*(np.clip(np.rint(p), 0, m-1).astype(int) for p, m in zip(x, n)))]
     else:
-        for a in sorted(range(3), key=lambda a: len(x[a])/n[a]):   # strongest shrinkage first: least arithmetic
-            data = _along(data, _area(x[a], n[a], step[a]) if step[a] > SHRINK else _linear(x[a], n[a]), a)
+        w = [_area(p, m, s) if s > SHRINK else _linear(p, m) for p, m, s in zip(x, n, step)]
+        grow = [len(p)/m for p, m in zip(x, n)]
+        data = _planes(_slices(data, w[0]), w[1], w[2]) if grow[0] <= min(grow[1:]) else _slices(_planes(data, w[1], w[2]), w[0])     # what shrinks most comes first: least arithmetic
     if all(i.all() for i in inside): return data
     out = np.full(data.shape, fill, data.dtype); keep = np.ix_(*(np.flatnonzero(i) for i in inside))
     out[keep] = data[keep]
