@@ -1,12 +1,15 @@
 """DICOM to SUVbw and HU: hand-calculated synthetic slices, and the real study and reference objects where ../shared/data is present."""
-import tarfile
+import tarfile, tracemalloc
 from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from petvlm.config import resolve
 from petvlm.dicom import DicomError, GeometryError, SUVError, find_series, pair_pet_ct, read_series
+from petvlm.findings import Study
+from petvlm.prepare import to_grid
 from petvlm.volume import read_nifti
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
@@ -303,3 +306,17 @@ def test_ibsi(name, ibsi):
     np.testing.assert_allclose(vol.affine, mask.affine, atol=1e-4)
     inside = vol.data[mask.data > 0]
     np.testing.assert_allclose([inside.min(), np.median(inside), inside.max()], [.2, 1, 4], rtol=.02)
+
+
+@pytest.fixture(scope='module')
+def ibsi(tmp_path_factory): return unpack(SHARED/'suv'/'ibsi_dro_5.tar.xz', tmp_path_factory.mktemp('ibsi'))
+
+
+def test_a_task_needs_less_than_three_volumes(acrin):
+    "From headers to the model grid, as a worker of `prepare` does it: at most three times PET and CT as they lie in memory."
+    pair = pair_pet_ct(acrin); tracemalloc.start()
+    try:
+        study = Study('x', {'pet': read_series(pair.pet), 'ct': read_series(pair.ct)}); to_grid(study, resolve('vipet', 'phantom').data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 3*sum(v.data.nbytes for v in study.volumes.values())
