@@ -126,8 +126,9 @@ def denied(f: Finding, denials: Sequence[Denial]) -> bool:
 # %% ../nbs/31a_lesionfacts.ipynb #38775d29
 def _reach(part: str, lex: Lexicon, language: str) -> tuple[frozenset[str], bool]:
     "The kinds that a denying part of a sentence speaks of, and whether only where they take up FDG."
-    hot_only, kinds = bool(lex.metabolic.search(part)), {k for k, pattern in lex.kinds if pattern.search(part)}
-    if kinds or not (hot_only or ANY[language].search(part)): return frozenset(kinds), hot_only
+    hot_only, named = bool(lex.metabolic.search(part)), lambda t: frozenset(k for k, pattern in lex.kinds if pattern.search(t))
+    kinds = named(hide(part, lex.organs))                       # 'node' in the name of a station is no kind where the sentence says what is denied there
+    if kinds or not (hot_only or ANY[language].search(part)): return kinds or named(part), hot_only
     return frozenset(KINDS), hot_only
 
 def _aside(t: str, lex: Lexicon, stated: bool) -> str:

@@ -49,6 +49,15 @@ def test_a_sound_pair_is_never_broken_up_for_two_flawed_ones():
 def test_a_side_that_only_the_prediction_names_is_no_error():
     assert match([NODULE], [change(NODULE, side='')]).pairs[0].wrong == ()
 
+def test_equal_costs_are_settled_by_the_findings_not_by_their_order():
+    "5 and 20 mm are as far from 10 mm, as a share of the larger."
+    a, b = change(NODULE, size_mm=5), change(NODULE, size_mm=20)
+    assert match([a, b], [change(NODULE, size_mm=10)]) == match([b, a], [change(NODULE, size_mm=10)])
+
+def test_a_lesion_named_in_another_organ_is_no_false_assertion_too():
+    row = lesion_counts('A nodule in the left rib, 14 mm, hypermetabolic (SUVmax: 6.0).', [NODULE], 'en')
+    assert (row['wrong_organ'], row['errors'], row['organs_said'], row['false_assertions']) == (1, 1, 1, 0)
+
 def test_nothing_on_either_side():
     assert match([], [NODULE]).missed == (NODULE,) and match([NODULE], []).hallucinated == (NODULE,) and match([], []) == type(match([], []))((), (), ())
 
@@ -83,6 +92,7 @@ MASS, EFFUSION, STONE = Finding('lung', 'left', 'mass', 40, 9., 'increased'), Fi
     ('vi', 'Hai thận không ứ nước, không có sỏi.', [STONE], [Finding('kidney', 'left', 'cyst')]),
     ('vi', 'Thận hai bên kích thước bình thường. Gan không to.', [], [STONE, Finding('liver', '', 'mass')]),
     ('vi', 'Hố nách hai bên không có hạch to.', [Finding('axillary_node', 'right', 'node')], [Finding('cervical_node', 'right', 'node')]),
+    ('vi', 'Không thấy bất thường ở hạch rốn phổi.', [Finding('hilar_node', 'right', 'calcification'), Finding('hilar_node', '', 'node')], []),
     ('vi', 'Hạch rốn phổi phải 12 mm, không tăng chuyển hóa FDG.', [], [Finding('hilar_node', 'right', 'node', uptake='increased')]),
     ('vi', 'Kết luận: không thấy tràn dịch màng phổi hai bên.', [], [EFFUSION]),
     ('en', 'Both lungs are clear.', [MASS], [EFFUSION]), ('en', 'No nodule or mass in the lungs.', [MASS], [Finding('lung', 'left', 'calcification')]),
