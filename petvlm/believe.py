@@ -36,7 +36,7 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, dict]]]:
     except UnicodeDecodeError as e: raise BelieveError(f"{path}: line {raw[:e.start].count(10) + 1} is not UTF-8; save it as 'CSV UTF-8'") from e
     table = csv.DictReader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.partition('\n')[0].count), strict=True)
     try: return [c.strip() for c in table.fieldnames or ()], [(table.line_num, row) for row in table]
-    except csv.Error as e: raise BelieveError(f"{path}: line {table.line_num} cannot be read ({e}); is a quotation mark left open?") from e
+    except csv.Error as e: raise BelieveError(f"{path}: line {table.line_num + 1} cannot be read ({e}); is a quotation mark left open?") from e
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
     "The dimensions that the table has."
@@ -171,7 +171,8 @@ def _damaged(findings: Sequence[Finding], region: str, language: str, kinds: Seq
 
 def damaged(cases: Sequence[Case], kinds: Sequence[str] = ERRORS, most: int = 3, language: str = 'vi', seed: int = 0) -> pd.DataFrame:
     """Reports of every case: `case` (its position), `kind`, `errors`, `words` (0: the reference's, 1 and 2: two others) and `text`. Kind 'none': the right ones in all three; 'all_normal': a report that finds nothing.
-    Kinds that a case has no room for are left out. Raises `BelieveError` for no cases or one without findings in its region, `InjectError` as `petvlm.inject.inject`."""
+    Kinds that a case has no room for are left out. Raises `BelieveError` for no cases, one without findings in its region, or `most` below 1, `InjectError` as `petvlm.inject.inject`."""
+    if most < 1: raise BelieveError(f"most: found {most}, expected a number of errors from 1 on")
     rows = []
     for i, (findings, region) in enumerate(cases):
         lines = lines_of(findings, region)
@@ -190,17 +191,18 @@ def fact_f1(predicted: Sequence[Finding], truth: Sequence[Finding]) -> float:
     return 2*(a & b).total()/(a.total() + b.total()) if a or b else 1.
 
 def finding_f1_each(texts: Sequence[str], truths: Sequence[Sequence[Finding]], language: str = 'vi') -> dict[str, np.ndarray]:
-    "`FINDING_F1` in percent of every text (N,) against what is true, findings read by `petvlm.reports.parse`."
+    "`FINDING_F1` in percent of every text (N,) against what is true, findings read by `petvlm.reports.parse`; the first two are nan where nothing is true and nothing claimed."
     read = [parse(t, language) for t in texts]
     by = {name: FINDING_METRICS['finding_f1'](finding_counts(read, truths, key)) for name, key in (('finding_f1', 'site'), ('finding_f1_kind', 'site_kind'))}
     return {k: 100*v for k, v in (by | {'fact_f1': np.array([fact_f1(p, t) for p, t in zip(read, truths)])}).items()}
 
 def scored(reports: pd.DataFrame, cases: Sequence[Case], metrics: Sequence[str] = TEXT_METRICS, language: str = 'vi', tokenizer: str = 'unicode',
            more: Mapping[str, Callable[[list[str], list[str]], np.ndarray]] | None = None) -> pd.DataFrame:
-    "`reports` (of `damaged`) with a column per metric, in percent; `more`: name -> function of texts and references. Raises `MetricError`."
+    "`reports` (of `damaged`) with a column per metric, in percent; `more`: name -> function of texts and references. Raises `MetricError`, `BelieveError` for a name in `more` that is taken."
     right = reports[(reports['kind'] == 'none') & (reports['words'] == 0)].set_index('case')['text']
     texts, references = reports['text'].tolist(), right.loc[reports['case']].tolist()
     truths = [stated(lines_of(*cases[i])) for i in reports['case']]
+    if taken := set(more or ()) & {*reports, *metrics, *FINDING_F1}: raise BelieveError(f"more: the names {sorted(taken)} are taken; call them otherwise")
     extra = {name: np.asarray(f(texts, references), float) for name, f in (more or {}).items()}
     return reports.assign(**score_each(texts, references, tuple(metrics), tokenizer), **finding_f1_each(texts, truths, language), **extra)
 
