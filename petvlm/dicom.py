@@ -11,6 +11,7 @@ import numpy as np
 from .dicomfile import GeometryError, Pixels, native, lossy
 from .geometry import placed
 from .series import SeriesInfo, SeriesList, find_series, split_series
+from .petheaders import several
 from .suv import DicomError, SUVError, SUVProvenance, suv_factor, tag_name
 from .volume import Volume
 
@@ -87,7 +88,7 @@ def _read_ct(series: SeriesInfo, order, given) -> tuple[np.ndarray, str, dict]:
 
 _READERS = {'PT': _read_pt, 'CT': _read_ct}
 
-def _localizer(series: SeriesInfo) -> bool: return 'LOCALIZER' in (series.headers[0].get('ImageType') or [])
+def _localizer(series: SeriesInfo) -> bool: return 'LOCALIZER' in several(series.headers[0], 'ImageType')
 
 def _lossy(series: SeriesInfo, order: list[int]) -> dict:
     "What lossy compression did to a series, for `Volume.meta`; empty where nothing."

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
+from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag
 
 # %% auto #0
@@ -79,8 +80,9 @@ def tracers(headers) -> list[Dataset]:
 
 def several(ds: Dataset, keyword: str) -> set[str]:
     "All values of a tag that may hold one (then pydicom gives a plain string) or many, in capitals."
-    found = value(ds, keyword) or []
-    return {str(v).upper() for v in ([found] if isinstance(found, str) else found)}
+    found = value(ds, keyword)
+    if found in (None, ''): return set()
+    return {str(v).upper() for v in (found if isinstance(found, MultiValue | list) else [found])}
 
 # %% ../nbs/01a_petheaders.ipynb #b17edf66
 def text(value) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.datadict import tag_for_keyword
+from pydicom.multival import MultiValue
 from .archive import Room, is_dicomdir, referenced, unpack
 from .dicomfile import DAMAGE, Pixels, Unreadable, is_image, native, read_header
 from .multiframe import ENHANCED, frames
@@ -46,7 +47,8 @@ class SeriesInfo:
     @property
     def z_range(self) -> tuple[float, float] | None:
         "Lowest and highest slice position along the body in mm, or None without positions."
-        z = [float(h.ImagePositionPatient[2]) for h in self.headers if len(h.get('ImagePositionPatient') or ()) == 3]
+        places = [value(h, 'ImagePositionPatient') for h in self.headers]
+        z = [float(p[2]) for p in places if isinstance(p, MultiValue | list) and len(p) == 3 and isinstance(p[2], float)]
         return (min(z), max(z)) if z else None
 
     def name(self, i: int) -> str:

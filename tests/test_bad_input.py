@@ -123,6 +123,14 @@ def test_slices_that_move_sideways(tmp_path):
     with pytest.raises(GeometryError, match='72 degrees off their normal'): read_series(tmp_path)
 
 
+def test_a_tag_of_another_type(tmp_path):
+    "A damaged type makes a number of a text."
+    pet(tmp_path, n=3)
+    for name in '123':
+        ds = pydicom.dcmread(tmp_path/name); del ds.CorrectedImage; ds.add_new(0x00280051, 'US', 7); ds.add_new(0x00080008, 'US', 7); ds.save_as(tmp_path/name)
+    with pytest.raises(SUVError, match='7 lacks ATTN|lacks ATTN'): read_series(tmp_path)
+
+
 def test_a_file_that_lost_its_series_is_damaged(tmp_path):
     pet(tmp_path, n=3); ds = pydicom.dcmread(tmp_path/'1'); del ds.SeriesInstanceUID; ds.file_meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.1287'; ds.save_as(tmp_path/'1', enforce_file_format=False)
     assert find_series(tmp_path).skipped == {'damaged': 1} and 'damaged DICOM file(s) lay beside' in read_series(tmp_path).meta['notes'][-1]
