@@ -28,6 +28,9 @@ class Vocabulary:
 
 def lm_of(cfg) -> str: return cfg.lm.args['name'] if cfg.lm.kind == 'hub' else cfg.lm.kind
 
+with torch.device('meta'): torch.empty(0)      # torch notes once what a device may place; noted while transformers loads weights, when `linspace` is its own, it would miss that one
+
+
 def skeleton(cfg):
     "The model of `cfg` on the meta device: shapes, no numbers."
     fields = {'tie_word_embeddings': False} | LMS[lm_of(cfg)][0]
