@@ -125,12 +125,21 @@ class Items(Dataset):
         epoch, k = divmod(i, len(self.rows))
         return int(np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.rows))[k])
 
-    def __getitem__(self, i: int) -> dict:
+    def _drawn(self, i: int) -> tuple[int, np.ndarray, list[tuple[str, str]]]:
+        "Row, shift in voxels and dialogue of item `i`."
         rng, row = np.random.default_rng([self.seed, 0, i]), self.row(i)
+        by = rng.integers(-self.shift, self.shift + 1, 3)*(np.array(self.rows.shape) > 2)        # a pair of radiographs is no depth to shift along
+        return row, by, self.dialogue(self.rows.records[row], rng)
+
+    def letters(self, i: int) -> int:
+        "How many characters the dialogue of item `i` has; its images are not read."
+        return sum(len(text) for turn in self._drawn(i)[2] for text in turn)
+
+    def __getitem__(self, i: int) -> dict:
+        row, by, dialogue = self._drawn(i)
         rec, shape = self.rows.records[row], self.rows.shape
-        by = rng.integers(-self.shift, self.shift + 1, 3)*(np.array(shape) > 2)        # a pair of radiographs is no depth to shift along
         images = {k: _shift(self.rows.image(row, k), by)[None] for k in self.inputs}
-        item = images | {'dialogue': self.dialogue(rec, rng), 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}}
+        item = images | {'dialogue': dialogue, 'texts': {k.lower(): v for k, v in rec.get('parts', {}).items()} | {'full': rec['text']}}
         if not self.placed: return item
         moved = [f | {'voxel': np.clip(np.array(f['voxel']) + by, 0, np.array(shape) - 1)} for f in rec['findings']]
         described = lambda lattices: truths(moved, lattices, shape, self.rows.suv_max, about(rec))

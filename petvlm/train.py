@@ -7,7 +7,7 @@ from __future__ import annotations
 import fnmatch, json, logging, math, resource, shutil, time
 from multiprocessing import get_start_method
 from pathlib import Path
-import torch
+import numpy as np, torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -18,8 +18,8 @@ from .vlm import PetVLM
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'arguments', 'run_stage', 'save_node',
-           'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
+__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'arguments', 'run_stage',
+           'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
            'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
@@ -52,6 +52,18 @@ class StageTrainer(Trainer):
 
     def log(self, logs, *a, **kw): super().log(logs | self.parts, *a, **kw)
     def _get_train_sampler(self, *a, **kw): return torch.utils.data.SequentialSampler(self.train_dataset)
+
+# %% ../nbs/20_train.ipynb #d1d1f1ff
+WINDOW = 16       # batches
+
+def by_length(lengths, batch: int, seed: int, window: int = WINDOW) -> list[int]:
+    "An order of the items in which those of one batch are of like length: sorted by `lengths` within each `window` of batches, the batches of a window drawn at random. Each item once; a window holds the items that it held before."
+    rng, out = np.random.default_rng(seed), []
+    for start in range(0, len(lengths), window*batch):
+        near = sorted(range(start, min(start + window*batch, len(lengths))), key=lambda i: (lengths[i], i))
+        batches = [near[k:k + batch] for k in range(0, len(near), batch)]
+        out += [i for k in rng.permutation(len(batches)) for i in batches[k]]
+    return out
 
 # %% ../nbs/20_train.ipynb #6c397034
 def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
@@ -218,6 +230,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
     items = Items(split(stage.split), stage.steps*stage.batch*stage.accumulate, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
                   head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift, truth=bool(stage.objective.get('match')))
+    if stage.objective.get('lm'): items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)

@@ -1,6 +1,6 @@
 "What moves in each stage, what stays, and that a resumed run is the unbroken one."
 import dataclasses, functools, importlib.util
-import pytest, torch
+import numpy as np, pytest, torch
 from petvlm.config import Part, Stage, load_params, resolve
 from petvlm.datasets import Items, Rows
 from petvlm.generate import write
@@ -9,7 +9,7 @@ from petvlm.language import load_causal_lm, train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
 from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
-from petvlm.train import TrainError, build, collator, head_lattices, images_read, load_point, run_stage, set_trainable
+from petvlm.train import TrainError, build, by_length, collator, head_lattices, images_read, load_point, run_stage, set_trainable
 
 CFG = resolve('vipet', 'smoke')
 
@@ -148,3 +148,22 @@ def test_smollm2_is_a_point(rows, tokenizer, tmp_path):
     stage = dataclasses.replace(cfg.stages['projection'], steps=1, batch=1)
     report = run_stage(model, stage, *batches(rows, tokenizer, stage, model, cfg, processor), tmp_path/'work', seed=0)
     assert report['trainable'] == ['project.net.weight', 'project.net.bias'] and len(write(model, processor, rows, [(0, 'Hãy viết báo cáo.')], max_new_tokens=4, progress=False)) == 1
+
+# --- batches of like length
+
+@pytest.mark.parametrize('n,batch,window', [(96, 8, 4), (100, 8, 4), (7, 8, 2), (0, 4, 2)])
+def test_by_length_takes_every_item_once_and_keeps_it_in_its_window(n, batch, window):
+    lengths = np.random.default_rng(n).integers(10, 300, n).tolist()
+    order = by_length(lengths, batch, 5, window)
+    assert sorted(order) == list(range(n)) and order == by_length(lengths, batch, 5, window)
+    assert all(i//(batch*window) == k//(batch*window) for k, i in enumerate(order))
+    for start in range(0, n - n % (batch*window), batch*window):                     # within a window: batches do not overlap in length
+        parts = sorted(sorted(lengths[i] for i in order[k:k + batch]) for k in range(start, start + batch*window, batch))
+        assert all(a[-1] <= b[0] for a, b in zip(parts, parts[1:]))
+    if n == 96: assert order != by_length(lengths, batch, 6, window)                 # batches come in a drawn order
+
+def test_letters_are_those_of_the_dialogue_without_reading_an_image(rows, monkeypatch):
+    items = Items(rows, 12, 3, ('pet',), tasks=('report', 'single', 'multi'), ask=lambda rng, record: 'Hãy viết báo cáo.')
+    said = [sum(len(x) for turn in items[i]['dialogue'] for x in turn) for i in range(12)]
+    monkeypatch.setattr(Rows, 'image', lambda *a: pytest.fail('an image was read'))
+    assert [items.letters(i) for i in range(12)] == said and len(set(said)) > 3
