@@ -38,8 +38,9 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, dict]]]:
     try: return [c.strip() for c in table.fieldnames or ()], [(table.line_num, row) for row in table]
     except csv.Error as e: raise BelieveError(f"{path}: line {table.line_num + 1} cannot be read ({e}); is a quotation mark left open?") from e
 
-def _columns(path: Path, names: Sequence[str]) -> list[str]:
+def _columns(path: Path, names: Sequence[str], extra: Sequence[str]) -> list[str]:
     "The dimensions that the table has."
+    names = [c for c in names if c not in extra]
     unknown, twice, found = sorted(set(names) - {*_IDS, *DIMENSIONS}), [c for c, n in Counter(names).items() if n > 1], [d for d in DIMENSIONS if d in names]
     missing = [c for c in _IDS if c not in names] + ([] if found else ['one of ' + ', '.join(DIMENSIONS)])
     if unknown or missing or twice: raise BelieveError(f"{path}: line 1 has unknown columns {unknown}, columns twice {twice}, lacks {missing}; expected {[*_IDS]} and any of {[*DIMENSIONS]}")
@@ -62,11 +63,11 @@ def _row(cells: dict, dims: Sequence[str], scale: tuple[float, float]) -> dict:
     if all(np.isnan(row[d]) for d in dims): raise BelieveError(f"no rating in it; fill one of {[*dims]}, or leave the line out")
     return row
 
-def ratings(path, scale: tuple[float, float] = SCALE) -> pd.DataFrame:
+def ratings(path, scale: tuple[float, float] = SCALE, extra: Sequence[str] = ()) -> pd.DataFrame:
     """Ratings of a CSV (UTF-8; comma, semicolon or tab): one row per case, system and rater, columns `case`, `system`, `rater` (text) and those of `DIMENSIONS` that the file has (numbers; higher is better; an empty cell is a rating not given).
-    `preference` is the report against the reference: the lowest value, reference much better; the middle, equal; the highest, report much better. Raises `BelieveError` with the line (never with what names a case) for unknown or missing columns,
+    Columns named in `extra` may be there and are passed over. `preference` is the report against the reference: the lowest value, reference much better; the middle, equal; the highest, report much better. Raises `BelieveError` with the line (never with what names a case) for unknown or missing columns,
     ratings that are no number or outside `scale`, a line without any, a case rated twice by one rater, no lines. Source: PETAR's reader study."""
-    path = Path(path); names, lines = _lines(path); dims, rows, seen, wrong = _columns(path, names), [], {}, []
+    path = Path(path); names, lines = _lines(path); dims, rows, seen, wrong = _columns(path, names, extra), [], {}, []
     for line, cells in lines:
         try: row = _row(cells, dims, scale)
         except BelieveError as e: wrong.append(f"line {line}: {e}"); continue

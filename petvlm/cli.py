@@ -17,6 +17,7 @@ from .own import Seen, survey
 from .phantom import make_data
 from .sources import SourceError
 from .suv import DicomError
+from .tasks import HELD
 from .viewer import clean
 
 # %% auto #0
@@ -76,7 +77,7 @@ PASSING = ('Unable to acquire lock', 'is busy', 'Kernel died before replying')  
 
 def _dvc(targets: list[str], threads: int, root: Path, tries: int = 60) -> int:
     "One `dvc repro` with `threads` per process; tries again where another one holds the repository's lock, or a kernel did not start."
-    env = os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    env = HELD | os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     for _ in range(tries):
         run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         busy = False
@@ -103,7 +104,7 @@ def repro(jobs: int = 0) -> int:
     for point, spec in params['points'].items():
         systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'prepare@{resolve(point, params=params).data.name}'] = None
     if code := _dvc(list(sets), cores, root): return code            # while one reads `data/`, DVC lets no other run pass it
-    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, max(1, cores//jobs), root), systems.values()))
+    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, max(1, cores//jobs), root), [*systems.values(), ['believe']]))
     return max(codes) or _dvc([], cores, root)
 
 # %% ../nbs/40_cli.ipynb #1e2ac6d0

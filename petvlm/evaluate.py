@@ -18,6 +18,7 @@ from .facts import judge, judge_choices, judge_retrieval
 from .endpoint import endpoint_writer, served
 from .findings import Finding, Study
 from .generate import ARMS, write
+from .lesionfacts import lesion_scores
 from .lesiontext import insert_measured, parse_lesion
 from .m3dvqa import LETTERS, Guess, is_correct, says
 from .prepare import scaled, standardise, to_grid
@@ -31,7 +32,7 @@ from .vlm import PetVLM
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'QUESTIONS', 'TASKS', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
+__all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
            'number_accuracy', 'revision', 'provenance', 'trained', 'evaluate_point', 'summary', 'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
@@ -51,12 +52,14 @@ def _questions(key: str):
 
 QUESTIONS = {'report': _reports, 'vqa': _questions('single'), 'open_vqa': _questions('open'), 'closed_vqa': _questions('closed')}
 TASKS = (*QUESTIONS, 'retrieval')
+SINGLE = ('ct_shuffled', 'pet_only', 'ct_only')    # arms that treat PET and CT differently
 
 def arms(cfg: Config, task: str) -> list[str]:
-    "The arms that make sense for a point: all for a system itself (for lesions also its own texts with numbers measured from the mask), its own and another patient's images for an ablation; CT alone is shuffled only where it is one of several inputs; retrieval has no answer to be judged."
+    "The arms that make sense for a point: all for a system itself (for lesions also its own texts with numbers measured from the mask), its own and another patient's images for an ablation; PET and CT are treated differently only where both are read; retrieval has no answer to be judged."
     if task == 'retrieval': return ['real']
     if cfg.ablation != 'none': return ['real', 'shuffled']
-    return [a for a in ARMS if a != 'ct_shuffled' or ('ct' in cfg.inputs and len(cfg.inputs) > 1) or cfg.data.kind == 'lesions'] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions')
+    both = len(cfg.inputs) > 1 or cfg.data.kind == 'lesions'
+    return [a for a in ARMS if both or a not in SINGLE] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions')
 
 def _offered(record: dict) -> list[dict]:
     "The closed questions of a record with their choices and right answers, as asked without choices."
@@ -87,10 +90,11 @@ def answers(speak: Callable[..., list[str]], rows: Rows, cfg: Config, task: str,
 # %% ../nbs/35_evaluate.ipynb #1d943e66
 NUMBERS = {'suvmax': lambda x, y: abs(x - y) <= .1*y, 'size_mm': lambda x, y: abs(x - y) <= 3, 'slice': lambda x, y: abs(x - y) <= 1}
 
-def number_accuracy(texts: list[str], truth: list[list[Finding]], patients: list[str], language: str, **often) -> dict:
-    "`suvmax.accuracy`, `size_mm.accuracy` and `slice.accuracy` of lesion texts, as `judge_choices` gives them; a number that is not stated is wrong."
-    asked = [(k, p, getattr(parse_lesion(t, language), k), getattr(f, k)) for t, fs, p in zip(texts, truth, patients) for f in fs for k in NUMBERS if getattr(f, k) is not None]
-    judged = judge_choices([said is not None and NUMBERS[k](said, true) for k, _, said, true in asked], [p for _, p, _, _ in asked], [k for k, _, _, _ in asked], **often)
+def number_accuracy(texts: list[str], truth: list[list[Finding]], voxels: list[dict], patients: list[str], language: str, **often) -> dict:
+    """`suvmax.accuracy`, `size_mm.accuracy` and `slice.accuracy` of lesion texts against the findings, `<number>_voxels.accuracy` against what was measured in the mask (`voxels`: name -> number of each text), as `judge_choices` gives them; a number that is not stated is wrong."""
+    asked = [(k + kind, k, p, getattr(parse_lesion(t, language), k), true) for t, fs, v, p in zip(texts, truth, voxels, patients) for f in fs for k in NUMBERS
+             for kind, true in (('', getattr(f, k)), ('_voxels', v.get(k) if getattr(f, k) is not None else None)) if true is not None]
+    judged = judge_choices([said is not None and NUMBERS[k](said, true) for _, k, _, said, true in asked], [p for _, _, p, _, _ in asked], [name for name, *_ in asked], **often)
     return {part: {k: v for k, v in judged[part].items() if k != 'mean.accuracy'} for part in ('metrics', 'per_patient')}
 
 # %% ../nbs/35_evaluate.ipynb #3c4a8a1f
@@ -128,9 +132,14 @@ def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, lis
     else:
         facts = {'predicted': [parse(cfg.data)(t) for t in texts], 'truth': [rows.findings(q.row) for q in questions]} if task == 'report' else {}
         judged = judge(texts, references, patients, metrics=cfg.evaluation.metrics, groups=groups if any(groups) else None, **often, **facts)
-        if task == 'report' and cfg.data.kind == 'lesions': judged = _joined(judged, number_accuracy(texts, facts['truth'], patients, cfg.data.language, **often))
+        if facts: judged = _joined(judged, _beyond(texts, facts['truth'], [rows.records[q.row] for q in questions], patients, cfg, **often))
     lines = [dict(task=task, arm=arm, patient=p, region=rows.records[q.row]['region'], question=q.question, reference=q.answer, prediction=t) for q, p, t in zip(questions, patients, texts)]
     return judged, lines
+
+def _beyond(texts: list[str], truth: list[list[Finding]], records: list[dict], patients: list[str], cfg: Config, **often) -> dict:
+    "What sites do not tell: of one lesion its numbers, of a report lesion by lesion what is wrong with it (`petvlm.lesionfacts`)."
+    if cfg.data.kind == 'lesions': return number_accuracy(texts, truth, [r['measured'] for r in records], patients, cfg.data.language, **often)
+    return lesion_scores(texts, truth, patients, cfg.data.language, **often)
 
 def _joined(judged: dict, more: dict) -> dict:
     "A result with the metrics of another one beside its own; both are sums over the same patients."
@@ -162,7 +171,7 @@ def evaluate_point(point: str, where: Paths) -> list[dict]:
 def summary(results: list[dict]) -> pd.DataFrame:
     "One row per task and arm: the scores that matter, each with its interval."
     show = lambda e: f"{e['value']:.2f} [{e['lo']:.2f}, {e['hi']:.2f}]"
-    matters = lambda n: n.startswith(('mean.', 'finding_f1', 'finding_recall_')) or '.r1.' in n or '.' not in n and not n.startswith('finding_')
+    matters = lambda n: n.startswith(('mean.', 'finding_f1', 'finding_recall_', 'lesion_f1', 'lesion_errors')) or '.r1.' in n or '.' not in n and not n.startswith(('finding_', 'lesion_'))
     rows = {(r['task'], r['arm']): {n: show(e) for n, e in r['metrics'].items() if matters(n)} for r in results}
     return pd.DataFrame(rows).T.fillna('')
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 import numpy as np
 from .findings import Finding
 from .metrics import METRICS, MetricError, label_of, mean_from_sums, statistics
@@ -118,18 +119,19 @@ _rates = re.compile(r'(.+\.)?accuracy|(ir|tr)\.r\d+\.n\d+')   # shares of right 
 
 def _percent(sums): return 100 * mean_from_sums(sums)
 
-def statistic_of(metric: str) -> Callable[[np.ndarray], np.ndarray]:
-    "From sums over patients to the metric: text metrics, accuracy and recall at k in percent, `finding_*` from 0 to 1 or per patient; of a group where the name has one ('organ.bleu1'). Raises `FactError` for an unknown name."
+def statistic_of(metric: str, more: Mapping[str, Callable] = MappingProxyType({})) -> Callable[[np.ndarray], np.ndarray]:
+    "From sums over patients to the metric: text metrics, accuracy and recall at k in percent, `finding_*` and those of `more` (name -> statistic) from 0 to 1 or per patient; of a group where the name has one ('organ.bleu1'). Raises `FactError` for an unknown name."
     kind = metric.rpartition('.')[2]
+    if kind in more: return more[kind]
     if kind in METRICS: return METRICS[kind].finish
     if kind in FINDING_METRICS: return FINDING_METRICS[kind]
     if _rates.fullmatch(metric): return _percent
     raise FactError(f"unknown metric {metric!r}; there are {[*METRICS, *FINDING_METRICS, 'accuracy', 'ir.r<k>.n<size>', 'tr.r<k>.n<size>']}, with a group before a dot")
 
 def sums_of(metric: str, per_patient: dict) -> np.ndarray:
-    "The sums `(P, K)` of a metric in a `per_patient` record: all `finding_*` of a group share one. Raises `FactError` where the record has none."
+    "The sums `(P, K)` of a metric in a `per_patient` record: all `finding_*` of a group share one, and so do all `lesion_*`. Raises `FactError` where the record has none."
     group, dot, kind = metric.rpartition('.')
-    name = group + dot + ('findings' if kind.startswith('finding_') else kind)
+    name = group + dot + {'finding': 'findings', 'lesion': 'lesions'}.get(kind.partition('_')[0], kind)
     if name not in per_patient: raise FactError(f'no sums of {name!r} per patient; there are {[k for k in per_patient if k != "patients"]}')
     return np.asarray(per_patient[name], float)
 

@@ -33,6 +33,7 @@ def other_patient(rows: Rows, seed: int) -> np.ndarray:
             out[i] = theirs[k % len(theirs)]
     return out
 
+def _flat(x: np.ndarray) -> np.ndarray: return np.full_like(x, x.mean())
 def _noise(x: np.ndarray, seed) -> np.ndarray: return np.random.default_rng(seed).normal(x.mean(), x.std(), x.shape).astype(np.float32)
 
 # %% ../nbs/21_generate.ipynb #8ff6e754
@@ -40,6 +41,8 @@ ARMS: dict[str, Callable] = {
     'real': lambda rows, other, i, name, seed: rows.image(i, name),
     'shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]), name),
     'ct_shuffled': lambda rows, other, i, name, seed: rows.image(int(other[i]) if name.startswith('ct') else i, name),
+    'pet_only': lambda rows, other, i, name, seed: _flat(rows.image(i, name)) if name.startswith('ct') else rows.image(i, name),
+    'ct_only': lambda rows, other, i, name, seed: _flat(rows.image(i, name)) if name.startswith('pet') else rows.image(i, name),
     'noise': lambda rows, other, i, name, seed: rows.image(i, name) if name.startswith('mask') else _noise(rows.image(i, name), [seed, i])}
 
 # %% ../nbs/21_generate.ipynb #607e1590

@@ -8,14 +8,18 @@ import json, math, re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 import jsonschema, pandas as pd
+from scipy.stats import norm
+from .believe import holm
 from .facts import paired_bootstrap, present, statistic_of, sums_of
+from .lesionfacts import LESION_METRICS
 from .metrics import METRICS
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'TABLES', 'SCORES', 'FACTS', 'LABELS', 'SHOWN', 'RESULT', 'WIDE', 'ENDS', 'WRITERS', 'TableError',
-           'load_published', 'group_label', 'Labels', 'load_results', 'rows_of', 'difference', 'status', 'make_table',
-           'printed', 'blocks', 'to_latex', 'to_markdown', 'write_table']
+__all__ = ['PUBLISHED', 'TABLES', 'SCORES', 'FACTS', 'LABELS', 'SHOWN', 'RESULT', 'LEVEL', 'WIDE', 'TableError', 'load_published',
+           'parts_of', 'size_of', 'score_of', 'group_label', 'Labels', 'load_results', 'rows_of', 'Difference',
+           'difference', 'status', 'Compared', 'compare', 'make_table']
 
 # %% ../nbs/32_tables.ipynb #352b018e
 class TableError(ValueError):
@@ -47,9 +51,17 @@ def load_published(name: str) -> pd.DataFrame:
 SCORES = {'bleu1': 'BLEU-1', 'bleu2': 'BLEU-2', 'bleu3': 'BLEU-3', 'bleu4': 'BLEU-4', 'meteor': 'METEOR', 'cider': 'CIDEr', 'ratescore': 'RaTEScore', 'green': 'GREEN'} | {m: x.label for m, x in METRICS.items()}
 FACTS = {'finding_f1': 'Finding F1', 'finding_recall_ct': 'Recall, CT only', 'finding_fp_per_patient': 'False findings per patient'}
 
-def _parts(metric: str) -> tuple[str, str]: return metric.rpartition('.')[::2]
-def _size(metric: str) -> int: return int(found[1]) if (found := re.search(r'\.n(\d+)$', metric)) else 0
-def _kind(metric: str) -> str: return 'n' if _size(metric) else _parts(metric)[1]
+def parts_of(metric: str) -> tuple[str, str]:
+    "What a metric is of, and which score it is: ('organ', 'bleu1'), ('', 'bleu4')."
+    return metric.rpartition('.')[::2]
+
+def size_of(metric: str) -> int:
+    "The size of the set that a recall is of; 0 for any other metric."
+    return int(found[1]) if (found := re.search(r'\.n(\d+)$', metric)) else 0
+
+def score_of(metric: str) -> str:
+    "The score of a metric; 'n' for recalls, whatever the size of their set."
+    return 'n' if size_of(metric) else parts_of(metric)[1]
 
 def group_label(group: str) -> str:
     "What a group of metrics is called: 'organ' -> 'Organ', 'ir.r1' -> 'IR R@1'; '' of one without."
@@ -61,8 +73,8 @@ def group_label(group: str) -> str:
 class Labels(dict):
     "Metric -> its name on paper; raises `TableError` for one that has none."
     def __missing__(self, metric):
-        group, kind = _parts(metric)
-        name = f'n={_size(metric)}' if _size(metric) else 'accuracy' if kind == 'accuracy' else (SCORES | FACTS).get(kind)
+        group, kind = parts_of(metric)
+        name = f'n={size_of(metric)}' if size_of(metric) else 'accuracy' if kind == 'accuracy' else (SCORES | FACTS).get(kind)
         if name is None: raise TableError(f'metric {metric!r} has no name on paper; scores are {[*SCORES, *FACTS]}, accuracy, and recall as ir.r<k>.n<size>')
         return f'{group_label(group)} {name}'.strip()
 
@@ -76,7 +88,7 @@ _number = {'type': 'number'}
 RESULT = {
     'type': 'object', 'required': ['point', 'task', 'arm', 'n', 'n_patients', 'metrics', 'provenance'],
     'properties': {
-        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa', 'retrieval', 'open_vqa', 'closed_vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled', 'measured']},
+        'point': {'type': 'string'}, 'task': {'enum': ['report', 'vqa', 'retrieval', 'open_vqa', 'closed_vqa']}, 'arm': {'enum': ['real', 'shuffled', 'noise', 'constant', 'ct_shuffled', 'pet_only', 'ct_only', 'measured']},
         'n': {'type': 'integer', 'minimum': 1}, 'n_patients': {'type': 'integer', 'minimum': 1}, 'tokenizer': {'type': 'string'},
         'metrics': {'type': 'object', 'additionalProperties': {
             'type': 'object', 'required': ['value', 'lo', 'hi'], 'properties': {'value': _number, 'lo': _number, 'hi': _number}}},
@@ -109,30 +121,39 @@ def rows_of(results: Iterable[dict], task: str, full: str = 'vipet', rows: Seque
         found[row] = r
     return found
 
-# %% ../nbs/32_tables.ipynb #0756dcf1
+# %% ../nbs/32_tables.ipynb #dc4e81d2
+class Difference(NamedTuple):
+    "A metric of one result minus that of another, its 95 % interval, and the two-sided p-value of no difference."
+    d: float
+    lo: float
+    hi: float
+    p: float
+
 def _paired(a, b, metric, n, seed):
     x, y = (sums_of(metric, r['per_patient']) for r in (a, b))
     here = present(x) | present(y)   # of a category, only the patients that were asked
-    d = paired_bootstrap(x[here], y[here], statistic_of(metric), n, seed)
-    return d['difference'], d['lo'], d['hi']
+    d = paired_bootstrap(x[here], y[here], statistic_of(metric, LESION_METRICS), n, seed)
+    return Difference(d['difference'], d['lo'], d['hi'], d['p'])
 
 def _independent(a, b, metric):
-    "Intervals of independent sets add in quadrature, each side with the arms that point to it."
+    "Intervals of independent sets add in quadrature, each side with the arms that point to it; p as if the difference were normal, its deviation a quarter of the interval (more exactly, by 3.92)."
     a, b = a['metrics'][metric], b['metrics'][metric]
     d = a['value'] - b['value']
-    return d, d - math.hypot(a['value'] - a['lo'], b['hi'] - b['value']), d + math.hypot(a['hi'] - a['value'], b['value'] - b['lo'])
+    lo, hi = d - math.hypot(a['value'] - a['lo'], b['hi'] - b['value']), d + math.hypot(a['hi'] - a['value'], b['value'] - b['lo'])
+    return Difference(d, lo, hi, float(2*norm.sf(abs(d)/(hi - lo)*3.92)) if hi > lo else float(d == 0))
 
-def difference(a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    "`metric` of result `a` minus that of `b`, with its 95 % interval: paired over patients where both results hold the same patients' sums."
+def difference(a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0) -> Difference:
+    "`metric` of result `a` minus that of `b`, with its 95 % interval and p: paired over patients where both results hold the same patients' sums."
     one, other = (r.get('per_patient', {}) for r in (a, b))
     return _paired(a, b, metric, n, seed) if one and one.get('patients') == other.get('patients') else _independent(a, b, metric)
 
-# %% ../nbs/32_tables.ipynb #da01ce63
-def status(published: float, a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0) -> str:
-    "'within noise' where the interval of `a - b` holds 0; else 'reproduced-direction' or 'not reproduced', by the sign of the `published` difference."
-    d, lo, hi = difference(a, b, metric, n, seed)
-    if lo <= 0 <= hi: return 'within noise'
-    return 'reproduced-direction' if d * published > 0 else 'not reproduced'
+# %% ../nbs/32_tables.ipynb #3bfd2180
+LEVEL = .05
+
+def status(published: float, found: Difference, p: float | None = None) -> str:
+    "'within noise' where `p` (default: that of `found`, unadjusted) is 0.05 or more; else 'reproduced-direction' or 'not reproduced', by the sign of the `published` difference."
+    if not (found.p if p is None else p) < LEVEL: return 'within noise'
+    return 'reproduced-direction' if found.d * published > 0 else 'not reproduced'
 
 # %% ../nbs/32_tables.ipynb #0b061f2a
 WIDE = 8   # metrics that fit beside each other on a page
@@ -148,41 +169,53 @@ def _control(full: dict, row: dict, metrics: Sequence[str], n: int, seed: int) -
     preferred = ['finding_f1', *(m for m in metrics if m.startswith('mean.')), *metrics]
     metric = next((m for m in preferred if m in full['metrics'] and m in row['metrics']), None)
     if metric is None: return 'control: no metric in common with the full model'
-    d, lo, hi = difference(full, row, metric, n, seed)
-    where = 'within noise of' if lo <= 0 <= hi else 'below' if d > 0 else 'above'
+    found = difference(full, row, metric, n, seed)
+    where = 'within noise of' if found.p >= LEVEL else 'below' if found.d > 0 else 'above'
     return f'control: {where} the full model ({LABELS[metric]})'
 
 # %% ../nbs/32_tables.ipynb #20683076
-def _statuses(row: str, published: pd.DataFrame, results: dict, n: int, seed: int) -> dict[str, str]:
-    "Metric -> status of one measured row; only where the paper has a difference."
-    against = published.loc[row, 'against']
-    both = [m for m in published.attrs['metrics'] if m in results[row]['metrics'] and m in results[against]['metrics']]
-    gains = {m: published.loc[against, m] - published.loc[row, m] for m in both}
-    return {m: status(g, results[against], results[row], m, n, seed) for m, g in gains.items() if g and not math.isnan(g)}
+class Compared(NamedTuple):
+    "What the paper printed as `against` - `row`, what was measured, and p after Holm."
+    published: float
+    found: Difference
+    p: float
 
-def _status(row: str, published: pd.DataFrame, results: dict, n: int, seed: int) -> str:
+def compare(published: pd.DataFrame, results: dict[str, dict], n: int = 2000, seed: int = 0) -> dict[str, dict[str, Compared]]:
+    "Row -> metric -> `Compared`, wherever both rows were measured and the paper has a difference. p is adjusted among all pairs of rows of one metric; a pair that two rows share counts once. Controls are not hypotheses of the paper, and stay out."
+    gains = {(row, m): published.loc[line.against, m] - line[m] for row, line in published.iterrows() if row in results and line.against in results
+             for m in published.attrs['metrics'] if m in results[row]['metrics'] and m in results[line.against]['metrics']}
+    gains = {key: g for key, g in gains.items() if g and not math.isnan(g)}
+    found = {(row, m): difference(results[published.loc[row, 'against']], results[row], m, n, seed) for row, m in gains}
+    pair = lambda row: '-'.join(sorted((row, published.loc[row, 'against'])))
+    adjusted = {m: holm({pair(row): found[row, m].p for row, k in gains if k == m}) for m in {m for _, m in gains}}
+    out: dict = {}
+    for (row, m), g in gains.items(): out.setdefault(row, {})[m] = Compared(g, found[row, m], adjusted[m][pair(row)])
+    return out
+
+def _status(row: str, published: pd.DataFrame, results: dict, compared: dict, n: int, seed: int) -> str:
     line, metrics = published.loc[row], published.attrs['metrics']
     if row not in results: return f'not run: needs {line.needs}'
     if line.against not in results: return f'not compared: needs {published.loc[line.against, "needs"]}'
     if line[metrics].isna().all(): return _control(results[line.against], results[row], metrics, n, seed)
-    return _summary(_statuses(row, published, results, n, seed)) or 'not compared: no metric in common'
+    return _summary({m: status(c.published, c.found, c.p) for m, c in compared.get(row, {}).items()}) if row in compared else 'not compared: no metric in common'
 
 # %% ../nbs/32_tables.ipynb #8aba8b09
 def _columns(published: pd.DataFrame, results: dict) -> list[str]:
     "The paper's metrics; beside them set sizes and categories that only the measurement has, of scores that the table holds; then the findings."
     own, measured = published.attrs['metrics'], dict.fromkeys(m for r in results.values() for m in r['metrics'])
-    extra = [m for m in measured if '.' in m and m not in own and _kind(m) in {_kind(o) for o in own}]
-    groups = list(dict.fromkeys(_parts(m)[0] for m in (*own, *extra)))
-    place = lambda m: (_parts(m)[0] == 'mean', groups.index(_parts(m)[0]), _size(m))   # a stable sort: within a group the paper's order, or by size
+    extra = [m for m in measured if '.' in m and m not in own and score_of(m) in {score_of(o) for o in own}]
+    groups = list(dict.fromkeys(parts_of(m)[0] for m in (*own, *extra)))
+    place = lambda m: (parts_of(m)[0] == 'mean', groups.index(parts_of(m)[0]), size_of(m))   # a stable sort: within a group the paper's order, or by size
     return [*sorted([*own, *extra], key=place), *(m for m in FACTS if m in measured)]
 
-def _cells(line: pd.Series, result: dict, metrics: Iterable[str]) -> dict:
+def _cells(line: pd.Series, result: dict, metrics: Iterable[str], compared: dict[str, Compared]) -> dict:
     "Published and measured of one row."
     cells = {}
     for m in metrics:
         found = result.get('metrics', {}).get(m, {})
         if m in line: cells[f'{LABELS[m]} published'] = line[m]
         cells |= {f'{LABELS[m]} {name}': found.get(key) for name, key in (('measured', 'value'), ('low', 'lo'), ('high', 'hi'))}
+        if m in line: cells[f'{LABELS[m]} p'] = compared[m].p if m in compared else None
     return cells
 
 def _origin(result: dict) -> dict:
@@ -193,107 +226,33 @@ def _origin(result: dict) -> dict:
 # %% ../nbs/32_tables.ipynb #db8d41a7
 def _tokenizer(metrics: Sequence[str], results: dict) -> str:
     "How the words were counted, for a table that has text metrics."
-    if not any(_kind(m) in SCORES for m in metrics): return ''
+    if not any(score_of(m) in SCORES for m in metrics): return ''
     tokenizers = {r.get('tokenizer', 'not stated') for r in results.values()} or {'none: nothing is measured yet'}
     if len(tokenizers) > 1: raise TableError(f'rows scored with different tokenizers {sorted(tokenizers)} cannot stand in one table; evaluate them again with one')
-    variants = {(m, name) for r in results.values() for m, name in r.get('variants', {}).items() if m in map(_kind, metrics)}
+    variants = {(m, name) for r in results.values() for m, name in r.get('variants', {}).items() if m in map(score_of, metrics)}
     if len(variants) > len(dict(variants)): raise TableError(f'rows scored with different variants {sorted(name for _, name in variants)} cannot stand in one table; evaluate them again with one')
-    names = [f'the measured {name}' for _, name in sorted(variants)] + ['BERTScore: all-MiniLM-L6-v2, 6 layers']*any(_kind(m) == 'bertscore' for m in metrics)
+    names = [f'the measured {name}' for _, name in sorted(variants)] + ['BERTScore: all-MiniLM-L6-v2, 6 layers']*any(score_of(m) == 'bertscore' for m in metrics)
     return '; '.join([f'Tokenizer of the measured BLEU and ROUGE: {tokenizers.pop()}', *names]) + '. '
 
 def _caption(published: pd.DataFrame, results: dict) -> str:
     a = published.attrs
     against = a.get('against') or published.loc[published.loc[a['full'], 'against'], 'model']
     return (f"{a['title']}. Published / measured here [95 % interval, bootstrap over patients]. {_tokenizer(a['metrics'], results)}"
-            f'A status compares the direction of the difference to the full model (of the full model: to {against}).')
+            f'A status compares the direction of the difference to the full model (of the full model: to {against}); within noise: p of the paired bootstrap, after Holm over the rows, is {LEVEL} or more.')
 
 # %% ../nbs/32_tables.ipynb #a6b58f0f
 def make_table(name: str, results: dict[str, dict] | Sequence[dict], n: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Published beside measured: one row per system of `petvlm/published/<name>.csv` (see `TABLES`). `results`: by row (see `rows_of`), or all there are (see `load_results`), of which those of the table are taken.
-    Columns: model, per metric published / measured / low / high, n, patients, status, then point, arm, run, hashes, revision, file.
+    Columns: model, per metric published / measured / low / high / p (of the difference to `against`, after Holm), n, patients, status, then point, arm, run, hashes, revision, file.
     `attrs`: name, caption, notes, metrics, decimals. Raises `TableError` for named rows that the published table does not have, for two results of one row, or for mixed tokenizers."""
     published = load_published(name)
     if not isinstance(results, dict): results = rows_of(results, published.attrs['task'], published.attrs['full'], published.index)
     if extra := set(results) - set(published.index): raise TableError(f'{name} has no rows {sorted(extra)}; add them to {name}.csv with what they are compared against')
-    metrics = _columns(published, results)
+    metrics, compared = _columns(published, results), compare(published, results, n, seed)
     def line(row):
         r = results.get(row, {})
-        return {'row': row, 'model': published.loc[row, 'model'], **_cells(published.loc[row], r, metrics), 'n': r.get('n'), 'patients': r.get('n_patients'),
-                'status': _status(row, published, results, n, seed), **_origin(r)}
+        return {'row': row, 'model': published.loc[row, 'model'], **_cells(published.loc[row], r, metrics, compared.get(row, {})), 'n': r.get('n'), 'patients': r.get('n_patients'),
+                'status': _status(row, published, results, compared, n, seed), **_origin(r)}
     table = pd.DataFrame([line(row) for row in published.index]).set_index('row').astype({'n': 'Int64', 'patients': 'Int64'})
     table.attrs = {'name': name, 'caption': _caption(published, results), 'metrics': metrics} | {k: published.attrs[k] for k in ('notes', 'decimals')}
     return table
-
-# %% ../nbs/32_tables.ipynb #bd159e41
-def _shown(x, digits) -> str: return '–' if x is None or pd.isna(x) else f'{x:.{digits}f}'
-
-def _cell(row: pd.Series, metric: str, decimals: int) -> str:
-    "`published / measured [low, high]`."
-    label, digits = LABELS[metric], 2 if metric in FACTS else 1
-    measured, lo, hi = (_shown(row[f'{label} {k}'], digits) for k in ('measured', 'low', 'high'))
-    ours = measured if measured == '–' else f'{measured} [{lo}, {hi}]'
-    return f"{_shown(row[f'{label} published'], decimals)} / {ours}" if f'{label} published' in row else ours
-
-def _text(table: pd.DataFrame, columns: dict[str, str], ends: Sequence[str]) -> pd.DataFrame:
-    "Model, one cell per metric of `columns` (metric -> heading), and the columns `ends`."
-    text = pd.DataFrame({'Model': table['model']} | {head: [_cell(r, m, table.attrs['decimals']) for _, r in table.iterrows()] for m, head in columns.items()})
-    for column in ends: text[column] = [('–' if pd.isna(v) else str(v)) for v in table[column]]
-    return text
-
-# %% ../nbs/32_tables.ipynb #cbd9527b
-ENDS = ('n', 'patients', 'status', 'run')
-
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    "The table as text, in one piece: model, one cell per metric, n, patients, status, run."
-    return _text(table, {m: LABELS[m] for m in table.attrs['metrics']}, ENDS)
-
-def blocks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    "The table as text, title -> piece: one without a title up to `WIDE` metrics, else one for each group of metrics (rows that have a number there), and the statuses."
-    groups = {}
-    for m in table.attrs['metrics']: groups.setdefault('Findings' if m in FACTS else group_label(_parts(m)[0]) or 'Text', []).append(m)
-    if len(table.attrs['metrics']) <= WIDE: return {'': printed(table)}
-    held = lambda ms: table[[f'{LABELS[m]} {k}' for m in ms for k in ('published', 'measured') if f'{LABELS[m]} {k}' in table]].notna().any(axis=1)
-    block = lambda title, ms: _text(table, {m: LABELS[m].removeprefix(f'{title} ') for m in ms}, ())[held(ms)]
-    return {title: block(title, ms) for title, ms in groups.items()} | {'Status': _text(table, {}, ENDS)}
-
-# %% ../nbs/32_tables.ipynb #3a374cbf
-_latex = str.maketrans({'&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-                        '\\': r'\textbackslash{}', '<': r'\textless{}', '>': r'\textgreater{}', '–': '--', '×': r'$\times$', '[': '{[}', ']': '{]}'})   # a row that began with [ would be read as an argument of \\
-
-def _tabular(text: pd.DataFrame, title: str) -> list[str]:
-    "Lines of one piece; a piece with a title keeps its size where it is narrower than the page."
-    escape = lambda cells: ' & '.join(str(c).translate(_latex) for c in cells)
-    rows = [line + r' \\' for line in (escape(r) for r in text.itertuples(index=False))]
-    left = 'll' if 'status' in text else ''
-    width = r'\ifdim\width>\textwidth\textwidth\else\width\fi' if title else r'\textwidth'
-    return [*([rf'\par\smallskip\textbf{{{title.translate(_latex)}}}\par'] if title else []), rf'\resizebox{{{width}}}{{!}}{{%', rf'\begin{{tabular}}{{l{"r" * (text.shape[1] - 1 - len(left))}{left}}}',
-            r'\hline', escape(text.columns) + r' \\', r'\hline', *rows, r'\hline', r'\end{tabular}}']
-
-def to_latex(table: pd.DataFrame) -> str:
-    "A `table*` for LaTeX with graphicx, every text escaped."
-    caption = ' '.join([table.attrs['caption'], *table.attrs['notes']]).translate(_latex)
-    texts = blocks(table)
-    pieces = [line for title, text in texts.items() for line in _tabular(text, title)]
-    return '\n'.join([r'\begin{table*}', rf'\caption{{{caption}}}', rf"\label{{tab:{table.attrs['name']}}}", *([r'\scriptsize'] if len(texts) > 1 else []), *pieces, r'\end{table*}', ''])
-
-# %% ../nbs/32_tables.ipynb #7a0443c7
-def _pipes(text: pd.DataFrame, title: str) -> list[str]:
-    "Lines of one piece in Markdown."
-    line = lambda cells: '| ' + ' | '.join(str(c).replace('\\', '\\\\').replace('|', '\\|') for c in cells) + ' |'
-    return [*([f'*{title}*', ''] if title else []), line(text.columns), line(['---'] * text.shape[1]), *(line(r) for r in text.itertuples(index=False)), '']
-
-def to_markdown(table: pd.DataFrame) -> str:
-    "A Markdown table, in blocks where it is wide, with its caption above and the paper's caveats below."
-    pieces = [line for title, text in blocks(table).items() for line in _pipes(text, title)]
-    return '\n'.join([f"**{table.attrs['caption']}**", '', *pieces, *(f'- {n}' for n in table.attrs['notes']), ''])
-
-# %% ../nbs/32_tables.ipynb #88cb2d8e
-# four decimals: what lies behind them changes with the order in which threads add (seen in BERTScore's eighth digit), and the same command shall give the same table
-WRITERS: dict[str, Callable[[pd.DataFrame], str]] = {'csv': lambda t: t.to_csv(lineterminator='\n', float_format='%.4f'), 'md': to_markdown, 'tex': to_latex}
-
-def write_table(table: pd.DataFrame, folder: str | Path) -> list[Path]:
-    "Write `<name>.csv`, `.md` and `.tex` into `folder` (made if absent)."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / f"{table.attrs['name']}.{end}" for end in WRITERS]
-    for path, make in zip(paths, WRITERS.values()): path.write_text(make(table))
-    return paths

@@ -56,12 +56,19 @@ def test_each_table_of_every_system(whole, name): check_table(whole, name)
 @pytest.mark.slow
 def test_lesions_have_their_arms_and_their_numbers(whole):
     lesions = json.loads((whole/'runs/smoke/evaluate/petar/results.json').read_text())
-    assert {r['arm'] for r in lesions} == {'real', 'shuffled', 'ct_shuffled', 'noise', 'constant', 'measured'} and all({'suvmax.accuracy', 'slice.accuracy'} <= set(r['metrics']) for r in lesions)
+    assert {r['arm'] for r in lesions} == {'real', 'shuffled', 'ct_shuffled', 'pet_only', 'ct_only', 'noise', 'constant', 'measured'} and all({'suvmax.accuracy', 'slice_voxels.accuracy'} <= set(r['metrics']) for r in lesions)
 
 def test_every_arm_is_there_and_traceable(clone):
     results = json.loads((clone/'runs/smoke/evaluate/vipet/results.json').read_text())
-    assert {r['arm'] for r in results if r['task'] == 'report'} == {'real', 'shuffled', 'ct_shuffled', 'noise', 'constant'}
+    assert {r['arm'] for r in results if r['task'] == 'report'} == {'real', 'shuffled', 'ct_shuffled', 'pet_only', 'ct_only', 'noise', 'constant'}
     for r in results: assert r['provenance']['run'] == 'vipet.instruct' and r['provenance']['data_hash'] and r['n_patients'] > 1
+
+def test_every_arm_is_in_the_table_of_lesions_and_errors_are_injected(clone):
+    lesions = pd.read_csv(clone/'tables/smoke/lesions.csv')
+    assert set(lesions['point']) == set(QUICK) and set(lesions.loc[lesions['point'] == 'vipet', 'arm']) >= {'real', 'pet_only', 'ct_only', 'constant'} and lesions['lesion_missed_per_patient'].notna().all()
+    for language in ('vi', 'en'):
+        seen = pd.read_csv(clone/f'tables/believe/detected_{language}.csv', index_col='kind')['seen']
+        assert seen.drop(['none', 'all_normal']).min() > .9 and seen['none'] < .05
 
 def test_the_data_are_the_bytes_of_data_dvc(clone):
     assert 'up to date' in run(clone, 'dvc', 'status', 'data.dvc')

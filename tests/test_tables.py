@@ -7,7 +7,8 @@ from petvlm.facts import FactError, judge, judge_choices, judge_retrieval, paire
 from petvlm.findings import Finding
 from petvlm.metrics import MetricError
 from petvlm.retrieval import hits
-from petvlm.tables import FACTS, LABELS, RESULT, SHOWN, TABLES, TableError, blocks, difference, load_published, load_results, make_table, printed, rows_of, status, to_latex, to_markdown, write_table
+from petvlm.paper import blocks, printed, to_latex, to_markdown, write_table
+from petvlm.tables import FACTS, LABELS, LEVEL, RESULT, SHOWN, TABLES, TableError, compare, difference, load_published, load_results, make_table, rows_of, status
 
 # section 4.2 of the paper, in the order BLEU-4, ROUGE-1, ROUGE-L, BERTScore; the text's ROUGE-1 of no_fusion is the known misprint
 TEXT = {'vipet': (55.70, 78.63, 72.04, 89.74), 'no_fusion_no_reg': (53.30, 77.79, 68.60, 88.35), 'no_fusion': (54.02, 77.80, 70.58, 88.36), 'no_reg': (53.72, 77.86, 69.11, 88.44)}
@@ -35,7 +36,7 @@ def test_rows_compare_with_rows_and_say_what_they_need(name):
     assert table.index.is_unique and full in table.index and table['needs'].str.len().gt(0).all() and table['model'].is_unique
     assert set(table['against']) <= set(table.index) and (table['against'] != table.index).all() and set(table.drop(full)['against']) == {full}
     assert all(table.loc[c, 'needs'] == f'arm {c} of point {full}' for c in controls)
-    expected = set() if table.attrs['task'] == 'retrieval' else CONTROLS | ({'ct_shuffled'} if full in ('vipet', 'petar') else set()) | ({'measured'} if name == 'petar_table1' else set())
+    expected = set() if table.attrs['task'] == 'retrieval' else CONTROLS | ({'ct_shuffled', 'pet_only', 'ct_only'} if full in ('vipet', 'petar') else set()) | ({'measured'} if name == 'petar_table1' else set())
     assert set(controls) == expected and all(table.loc[table.loc[r, 'against'], 'needs'] for r in table.index)
 
 @pytest.mark.parametrize('name', TABLES)
@@ -173,8 +174,30 @@ def test_pairing_sees_what_independent_intervals_cannot():
     a, b = result(right=.9), result('no_reg', right=.8)
     bare = [{k: v for k, v in r.items() if k != 'per_patient'} for r in (a, b)]
     paired, loose = difference(a, b, 'rouge1', 300), difference(*bare, 'rouge1')
-    assert paired[0] == pytest.approx(loose[0]) and paired[2] - paired[1] < loose[2] - loose[1]
-    assert status(1., a, b, 'rouge1', 300) == 'reproduced-direction' and status(-1., a, b, 'rouge1', 300) == 'not reproduced' and status(1., a, a, 'rouge1', 300) == 'within noise'
+    assert paired.d == pytest.approx(loose.d) and paired.hi - paired.lo < loose.hi - loose.lo and paired.p <= loose.p < LEVEL
+    assert status(1., paired) == 'reproduced-direction' and status(-1., paired) == 'not reproduced' and status(1., difference(a, a, 'rouge1', 300)) == 'within noise'
+    assert difference(bare[0], bare[0], 'rouge1').p == 1 and status(1., paired, p=.2) == 'within noise'
+
+def test_p_of_independent_intervals_is_the_normal_one():
+    "Two values a unit apart, each known to +- 1: deviation of the difference sqrt(2)/1.96, so z = 1.386 and p = 0.166."
+    one, other = ({'metrics': {'rouge1': {'value': v, 'lo': v - 1, 'hi': v + 1}}} for v in (50., 49.))
+    assert difference(one, other, 'rouge1') == pytest.approx((1, 1 - 2**.5, 1 + 2**.5, .1658), abs=2e-4)
+
+def made_of(differences: dict) -> tuple:
+    "A published table and results without per-patient sums whose p-values are known: full model 50, the rows below it."
+    published = pd.DataFrame({'bleu1': {r: 10. for r in differences} | {'full': 20.}, 'against': {r: 'full' for r in differences} | {'full': next(iter(differences))}})
+    published.attrs = {'metrics': ['bleu1']}
+    at = lambda v: {'metrics': {'bleu1': {'value': v, 'lo': v - 1, 'hi': v + 1}}}
+    return published, {'full': at(50.)} | {r: at(50. - d) for r, d in differences.items()}
+
+def test_rows_of_a_table_are_adjusted_together_and_a_shared_pair_counts_once():
+    "d = 1.6 alone has z = 2.217, p = 0.0266; with another row without a difference Holm doubles it, since the pair of the full row and `a` is one pair."
+    published, results = made_of({'a': 1.6, 'b': 0.})
+    found = compare(published, results)
+    assert found['a']['bleu1'].found.p == pytest.approx(.0266, abs=2e-4) and found['a']['bleu1'].p == pytest.approx(2*found['a']['bleu1'].found.p)
+    assert found['full']['bleu1'].p == found['a']['bleu1'].p and found['full']['bleu1'].found.d == -found['a']['bleu1'].found.d
+    alone = compare(*made_of({'a': 1.6}))
+    assert alone['a']['bleu1'].p == alone['a']['bleu1'].found.p < LEVEL < found['a']['bleu1'].p
 
 def test_a_metric_that_disagrees_is_named():
     full, part = result(right=.9), result('no_reg', right=.5)
@@ -336,7 +359,7 @@ def test_a_paired_difference_of_a_category_is_over_the_patients_that_have_it():
     a, b = ({'per_patient': judge(s, TEXTS, patients, metrics=('bleu1',), n=50, groups=groups)['per_patient']} for s in (TEXTS, SAID))
     alone = [judge(s[:20], TEXTS[:20], patients[:20], metrics=('bleu1',), n=50)['per_patient']['bleu1'] for s in (TEXTS, SAID)]
     expected = paired_bootstrap(*map(np.array, alone), statistic_of('bleu1'), 200)
-    assert difference(a, b, 'size.bleu1', 200) == pytest.approx((expected['difference'], expected['lo'], expected['hi']))
+    assert difference(a, b, 'size.bleu1', 200) == pytest.approx(tuple(expected[k] for k in ('difference', 'lo', 'hi', 'p')))
 
 def test_many_metrics_are_counted_in_the_status(everything):
     published = load_published('med3dvlm_table5')
