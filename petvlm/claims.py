@@ -13,12 +13,12 @@ from .believe import holm
 from .facts import FactError, statistic_of
 from .files import atomic, read_json
 from .lesionfacts import LESION_METRICS
-from .tables import LABELS, LEVEL, PUBLISHED, TABLES, TableError, difference, load_published, rows_of
+from .tables import FACTS, LABELS, LEVEL, PUBLISHED, TABLES, TableError, difference, load_published, rows_of
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SCHEMA', 'CHECKS', 'JUDGES', 'FOUND', 'JUDGED', 'TEXTS', 'NUMBERS', 'COLUMNS', 'ClaimError', 'load_papers',
-           'load_claims', 'in_print', 'needed', 'verdicts', 'write_verdicts', 'read_verdicts', 'plain', 'pipes',
-           'readable', 'claims_markdown', 'waiting_markdown', 'table_markdown']
+           'load_claims', 'in_print', 'needed', 'verdicts', 'write_verdicts', 'results_of_tables', 'read_verdicts',
+           'plain', 'pipes', 'readable', 'claims_markdown', 'waiting_markdown', 'table_markdown']
 
 # %% ../nbs/32c_claims.ipynb #e5fb3f33
 class ClaimError(TableError):
@@ -129,7 +129,7 @@ def needed(text: str) -> str:
 
 def _source(row: str, result: dict) -> str:
     p = result.get('provenance', {})
-    return f"{row}: {result['arm']} arm of {p.get('run', 'a run without a name')}, {result['n_patients']} patients ({result.get('file', 'no file')})"
+    return f"{row}: {result['arm']} arm of {p.get('run', 'a run without a name')}, {result['n_patients']} patients, revision {p.get('revision', 'unknown')} ({result.get('file', 'no file')})"
 
 def _compared(c: dict, results: Iterable[dict], n: int, seed: int) -> dict:
     "Published and measured difference of a comparison, p, and why there is none."
@@ -183,14 +183,30 @@ def write_verdicts(found: pd.DataFrame, folder: str | Path) -> Path:
     atomic(path, lambda p: p.write_text(found.to_csv(lineterminator='\n', float_format='%.4f'), encoding='utf-8'))
     return path
 
+def results_of_tables(folder: str | Path) -> list[dict]:
+    "What the tables in `folder` hold, as results without sums per patient: differences of two of them are taken as independent, which is the wider interval. Raises `ClaimError` for a table that cannot be read."
+    found: dict = {}
+    for name in TABLES:
+        path, published = Path(folder)/f'{name}.csv', _table(name)
+        if not path.is_file(): continue
+        try: table = pd.read_csv(path, index_col='row').dropna(subset=['n', 'point', 'arm'])
+        except (ValueError, KeyError) as e: raise ClaimError(f'{path}: no table of petvlm.tables ({e}); write it again: dvc repro tables') from e
+        for _, row in table.iterrows():
+            result = found.setdefault((row['point'], published.attrs['task'], row['arm']), {k: row.get(k) for k in ('point', 'arm', 'file')} | {'task': published.attrs['task'], 'n': int(row['n']), 'n_patients': int(row['patients']), 'metrics': {}, 'provenance': {k: row.get(k) for k in ('run', 'data_hash', 'params_hash', 'revision')}})
+            result['metrics'] |= {m: {k: float(row[f'{LABELS[m]} {c}']) for k, c in (('value', 'measured'), ('lo', 'low'), ('hi', 'high'))} for m in (*published.attrs['metrics'], *FACTS) if pd.notna(row.get(f'{LABELS[m]} measured'))}
+    return list(found.values())
+
 def read_verdicts(folder: str | Path, claims: Sequence[dict] | None = None) -> pd.DataFrame:
-    "The verdicts in `folder`; those of nothing measured where there are none yet. `attrs['measured']` says which. Raises `ClaimError` for a file that does not hold the claims of `claims` (default: `load_claims`)."
+    "The verdicts in `folder`; where there are none yet, those of its tables, without pairing. `attrs['measured']`: whether there is either. Raises `ClaimError` for a file that does not hold the claims of `claims` (default: `load_claims`), or a table that cannot be read."
     path, claims = Path(folder)/'verdicts.csv', load_claims() if claims is None else claims
-    if not path.is_file(): found = verdicts(claims, [])
+    if not path.is_file():
+        results = results_of_tables(folder)
+        found = verdicts(claims, results)
+        found.attrs['measured'] = bool(results)
     else:
         found = pd.read_csv(path, index_col='id', dtype={k: str for k in (*TEXTS, 'verdict', 'evidence')}).fillna({k: '' for k in (*TEXTS, 'verdict', 'evidence')})
         if list(found) != list(COLUMNS) or found.index.tolist() != [c['id'] for c in claims]: raise ClaimError(f'{path}: holds other claims or columns than {CLAIMS.name}; write it again: make repro, or dvc repro tables')
-    found.attrs['measured'] = path.is_file()
+        found.attrs['measured'] = True
     return found
 
 # %% ../nbs/32c_claims.ipynb #10d95dab

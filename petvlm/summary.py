@@ -56,7 +56,8 @@ def _title(paper: str, papers: dict) -> str: return papers.get(paper, {}).get('t
 def _open(found: pd.DataFrame, verdict: str) -> pd.DataFrame:
     "Claims that came out otherwise than their paper says."
     own = found[found['verdict'] == verdict]
-    return pd.DataFrame({'Paper': own['paper'], 'Claim': own['claim'], 'Seen': own['evidence'] if verdict == 'fails in print' else [f"{m:+.2f} ({lo:+.2f} to {hi:+.2f}), p {p:.3f}" for m, lo, hi, p in zip(own['measured'], own['low'], own['high'], own['p_holm'])]})
+    papers = load_papers()
+    return pd.DataFrame({'Paper': [_title(p, papers) for p in own['paper']], 'Claim': own['claim'].tolist(), 'Seen': own['evidence'].tolist() if verdict == 'fails in print' else [f"{m:+.2f} ({lo:+.2f} to {hi:+.2f}), p {p:.3f}" for m, lo, hi, p in zip(own['measured'], own['low'], own['high'], own['p_holm'])]})
 
 # %% ../nbs/32d_summary.ipynb #d47d809a
 Block = str | pd.DataFrame        # a paragraph ('# ' or '## ' before it: a heading), or a table of text

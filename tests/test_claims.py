@@ -7,7 +7,8 @@ from petvlm.claims import CLAIMS, COLUMNS, ClaimError, claims_markdown, in_print
 from petvlm.facts import judge, judge_choices
 from petvlm.findings import Finding
 from petvlm.summary import counts, curves_of, looking, metrics_of, origins, points_of, summary_page, write_summary
-from petvlm.tables import LABELS, TABLES, difference, load_published, rows_of
+from petvlm.paper import write_table
+from petvlm.tables import LABELS, TABLES, difference, load_published, make_table, rows_of
 
 ROOT = Path(__file__).parents[1]
 ALL = load_claims()
@@ -163,6 +164,17 @@ def test_verdicts_come_back_from_disk_as_they_went(tmp_path):
     again = read_verdicts(write_verdicts(found, tmp_path).parent)
     pd.testing.assert_frame_equal(again, found, atol=6e-5, rtol=0)
     assert again.attrs['measured'] and not read_verdicts(tmp_path/'empty').attrs['measured'] and list(tmp_path.iterdir()) == [tmp_path/'verdicts.csv']
+
+def test_without_verdicts_the_tables_are_read_unpaired(tmp_path):
+    results = [choices('med3dvlm', .9), choices('m3d_lamed_mlp', .4), choices('med3dvlm', .2, 'shuffled'), result('petar', .8), result('petar_none', .3)]
+    for name in ('med3dvlm_table4', 'petar_table2'): write_table(make_table(name, results, n=100), tmp_path)
+    again, paired = read_verdicts(tmp_path), verdicts(ALL, results, 300)
+    both = ['med3dvlm-closed', 'petar-place']
+    assert again.attrs['measured'] and (again.loc[both, 'verdict'] == 'reproduced direction').all() and np.allclose(again.loc[both, 'measured'], paired.loc[both, 'measured'], atol=2e-4)
+    assert (again.loc[both, 'high'] - again.loc[both, 'low'] > paired.loc[both, 'high'] - paired.loc[both, 'low']).all() and 'revision r1' in again.loc['petar-place', 'evidence']
+    assert (again['measured'].notna() == paired['measured'].notna()).all() and not (tmp_path/'verdicts.csv').exists()
+    (tmp_path/'vipet_table1.csv').write_text('row,model\nvipet,x\n')
+    with pytest.raises(ClaimError, match='vipet_table1.csv: no table'): read_verdicts(tmp_path)
 
 def test_verdicts_of_other_claims_are_refused(tmp_path):
     write_verdicts(verdicts(ALL[1:], []), tmp_path)
