@@ -18,7 +18,7 @@ from .tables import FACTS, LABELS, LEVEL, PUBLISHED, TABLES, TableError, differe
 # %% auto #0
 __all__ = ['CLAIMS', 'SCHEMA', 'CHECKS', 'JUDGES', 'FOUND', 'JUDGED', 'TEXTS', 'NUMBERS', 'COLUMNS', 'ClaimError', 'load_papers',
            'load_claims', 'in_print', 'needed', 'verdicts', 'write_verdicts', 'results_of_tables', 'read_verdicts',
-           'plain', 'pipes', 'readable', 'claims_markdown', 'waiting_markdown', 'table_markdown']
+           'plain', 'pipes', 'p_text', 'readable', 'claims_markdown', 'waiting_markdown', 'table_markdown']
 
 # %% ../nbs/32c_claims.ipynb #e5fb3f33
 class ClaimError(TableError):
@@ -31,7 +31,7 @@ _claim = {'type': 'object', 'required': ['id', 'paper', 'where', 'page', 'kind',
           'properties': {'page': {'type': ['integer', 'null'], 'minimum': 1}, 'kind': {'enum': list(_asks)}, 'direction': {'enum': ['higher', 'lower']}, 'found': {'enum': ['agrees', 'differs', 'absent']}, 'relative': {'type': 'boolean'}, 'value': _number,
                          'numbers': {'type': 'array', 'items': _number, 'minItems': 2}} | {k: _texts for k in ('metrics', 'among', 'evidence')} | {k: _text for k in ('id', 'paper', 'where', 'claim', 'table', 'a', 'b', 'row', 'metric', 'check', 'code', 'needs', 'why')},
           'allOf': [{'if': {'properties': {'kind': {'const': k}}}, 'then': {'required': list(fields)}} for k, fields in _asks.items()]}
-_paper = {'type': 'object', 'required': ['title', 'authors', 'point', 'tables'], 'properties': {'title': _text, 'authors': _text, 'point': _text, 'tables': _texts}}
+_paper = {'type': 'object', 'required': ['short', 'title', 'authors', 'point', 'tables'], 'properties': {'short': _text, 'title': _text, 'authors': _text, 'point': _text, 'tables': _texts}}
 SCHEMA = {'type': 'object', 'required': ['papers', 'claims'], 'properties': {'papers': {'type': 'object', 'additionalProperties': _paper}, 'claims': {'type': 'array', 'items': _claim}}}
 
 # %% ../nbs/32c_claims.ipynb #0c103cbe
@@ -66,7 +66,7 @@ def _read(path: str | Path) -> dict:
     return found
 
 def load_papers(path: str | Path = CLAIMS) -> dict[str, dict]:
-    "The papers by name: title, authors, `point` that re-creates the system, `tables`. Raises `ClaimError`."
+    "The papers by name: `short` and full title, authors, `point` that re-creates the system, `tables`. Raises `ClaimError`."
     return _read(path)['papers']
 
 def load_claims(path: str | Path = CLAIMS) -> list[dict]:
@@ -221,14 +221,17 @@ def pipes(table: pd.DataFrame) -> list[str]:
     line = lambda cells: '| ' + ' | '.join(plain(c) for c in cells) + ' |'
     return [line(table.columns), line(['---']*table.shape[1]), *(line(r) for r in table.itertuples(index=False))]
 
+def p_text(p: float) -> str:
+    "A p-value to print."
+    return '–' if math.isnan(p) else '< 0.001' if p < .001 else f'{p:.3f}'
+
 def _spread(row: pd.Series) -> str: return '–' if math.isnan(row['measured']) else f"{row['measured']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
 
 def readable(found: pd.DataFrame) -> pd.DataFrame:
     "Claims as text, to print: claim, where, printed and measured difference with its interval, p, verdict, evidence."
     where = [f"{r['where']}{', p. ' + r['page'] if r['page'] else ''}" for _, r in found.iterrows()]
-    number = lambda x, digits: '–' if math.isnan(x) else f'{x:{digits}}'
-    return pd.DataFrame({'Claim': found['claim'], 'Where': where, 'Metric': [LABELS[m] if m else '–' for m in found['metric']], 'Printed': [number(x, '+.2f') for x in found['published']], 'Measured (95 %)': [_spread(r) for _, r in found.iterrows()],
-                         'p (Holm)': [number(x, '.3f') for x in found['p_holm']], 'Verdict': found['verdict'], 'Evidence': found['evidence']})
+    return pd.DataFrame({'Claim': found['claim'], 'Where': where, 'Metric': [LABELS[m] if m else '–' for m in found['metric']], 'Printed': ['–' if math.isnan(x) else f'{x:+.2f}' for x in found['published']], 'Measured (95 %)': [_spread(r) for _, r in found.iterrows()],
+                         'p (Holm)': [p_text(x) for x in found['p_holm']], 'Verdict': found['verdict'], 'Evidence': found['evidence']})
 
 def claims_markdown(found: pd.DataFrame, paper: str) -> str:
     "The claims of `paper` with their verdicts, as a Markdown table. Raises `ClaimError` for a paper without any."

@@ -8,7 +8,7 @@ import html, json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 import pandas as pd
-from .claims import ClaimError, load_papers, pipes, plain, write_verdicts
+from .claims import ClaimError, load_papers, p_text, pipes, plain, write_verdicts
 from .files import atomic, read_json
 from .tables import LABELS
 
@@ -51,13 +51,13 @@ def origins(results: Iterable[dict]) -> pd.DataFrame:
     for r in results: rows.setdefault((r['provenance']['revision'], r['provenance']['data_hash']), {})[r['point']] = None
     return pd.DataFrame([{'revision': v, 'data': d, 'points': ', '.join(points)} for (v, d), points in rows.items()], columns=['revision', 'data', 'points'])
 
-def _title(paper: str, papers: dict) -> str: return papers.get(paper, {}).get('title', paper).partition(':')[0]
+def _title(paper: str, papers: dict) -> str: return papers.get(paper, {}).get('short', paper)
 
 def _open(found: pd.DataFrame, verdict: str) -> pd.DataFrame:
     "Claims that came out otherwise than their paper says."
     own = found[found['verdict'] == verdict]
     papers = load_papers()
-    return pd.DataFrame({'Paper': [_title(p, papers) for p in own['paper']], 'Claim': own['claim'].tolist(), 'Seen': own['evidence'].tolist() if verdict == 'fails in print' else [f"{m:+.2f} ({lo:+.2f} to {hi:+.2f}), p {p:.3f}" for m, lo, hi, p in zip(own['measured'], own['low'], own['high'], own['p_holm'])]})
+    return pd.DataFrame({'Paper': [_title(p, papers) for p in own['paper']], 'Claim': own['claim'].tolist(), 'Seen': own['evidence'].tolist() if verdict == 'fails in print' else [f"{m:+.2f} ({lo:+.2f} to {hi:+.2f}), p {p_text(p)}" for m, lo, hi, p in zip(own['measured'], own['low'], own['high'], own['p_holm'])]})
 
 # %% ../nbs/32d_summary.ipynb #d47d809a
 Block = str | pd.DataFrame        # a paragraph ('# ' or '## ' before it: a heading), or a table of text
