@@ -128,7 +128,7 @@ def repeated_images(here: Sequence[Sample]) -> Hits:
     return [(s.row, index[s.images].row) for s in here if s.images and index[s.images].row != s.row]
 
 # %% ../nbs/31e_leakage.ipynb #db00e235
-NEAR = .2           # root mean square of differences, in usual deviations between patients, below which two images are near
+NEAR = .15          # root mean square of differences, in usual deviations between patients, below which two images are near
 LEAST = 5           # rows of a group without which there is no usual deviation
 
 def near_images(here: Sequence[Sample], there: Sequence[Sample], near: float = NEAR) -> Hits:

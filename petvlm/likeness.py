@@ -33,13 +33,13 @@ def content(x: np.ndarray) -> str:
 
 # %% ../nbs/09a_likeness.ipynb #0d096693
 def deviations(x: np.ndarray) -> np.ndarray:
-    "Sketches `(n, images*512)` as deviations from the median row in units of the usual one (1.48 times the median absolute deviation; where half the rows are equal, the standard deviation; at least half the median of its image), clipped to 4."
+    "Sketches `(n, images*512)` as deviations from the median row in units of the usual one: 1.48 times the median absolute deviation (where half the rows are equal, the standard deviation), at least a quarter of its root mean square over the image, so that air is no microscope; clipped to 4."
     x = x.reshape(len(x), -1, BINS**3).astype(np.float64)
     x = x - np.median(x, 0)
     usual = 1.4826*np.median(np.abs(x), 0)
     usual = np.where(usual > 0, usual, x.std(0))
-    floor = np.array([np.median(u[u > 0])/2 if (u > 0).any() else 1. for u in usual])[:, None]
-    return np.clip(x/np.maximum(usual, floor), -4, 4).reshape(len(x), -1)
+    floor = np.sqrt((usual**2).mean(1, keepdims=True))/4
+    return np.clip(x/np.maximum(usual, np.where(floor > 0, floor, 1)), -4, 4).reshape(len(x), -1)
 
 def nearest(a: np.ndarray, b: np.ndarray, room: int = 2**24) -> tuple[np.ndarray, np.ndarray]:
     "For each row of `a` (n, K) the index of the nearest row of `b` (m, K), and their root mean square difference; `room`: distances held at a time."

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from petvlm.cli import main
+from petvlm.cli import main, twins
 from petvlm.config import Data, Part, Paths, resolve
 from petvlm.datasets import DatasetError
 from petvlm.leakage import AuditError, LeakageError, Sample, audit, audit_items, audit_samples, audit_source, leaks, own_loads, refuse, row_samples, told, write_audit
@@ -298,13 +298,13 @@ def test_check_tells_of_a_copied_study(written, capsys):
 def test_check_tells_of_a_patient_on_two_sides_where_training_refuses(written, capsys):
     table_of(written, study1=('Hoa-4711', 'train'), study2=('Hoa-4711', 'test'), study9=('Hoa-4711', 'train'))
     with pytest.raises(SourceError, match='1 patients would be in two splits'): own_items(written)
-    assert main(['check', str(written)]) == 1
+    assert twins(str(written))
     out = capsys.readouterr().out
     assert 'LEAK: same patient: 1 of 1 of test against train: study-2 = study-1' in out and 'note: images repeated: 1 of 2 of train: study-9 = study-1' in out and 'Hoa' not in out
 
 def test_check_is_content_with_what_is_there_once(written, capsys):
     table_of(written, study1=('a', 'train'), study2=('b', 'test'), study9=('a', 'train'))
-    assert main(['check', str(written)]) == 0 and 'LEAK' not in capsys.readouterr().out
+    assert not twins(str(written)) and 'LEAK' not in capsys.readouterr().out
 
 def test_the_audit_sees_the_splits_that_training_sees(written):
     table_of(written, study1=('', ''), study2=('b', ''), study9=('', ''))

@@ -10,22 +10,22 @@ from petvlm.tables import RESULT, make_table, rows_of
 from petvlm.weights import INDEX, file_hash, shards, weight_files, weight_hashes
 
 PARAMS = load_params()
-def listed(*points): return PARAMS | {'points': PARAMS['points'] | {p: PARAMS['points'][replicate_of(p)[0]] for p in points}}
+def listed(*points, beside=PARAMS['points']): return PARAMS | {'points': {p: PARAMS['points'][replicate_of(p)[0]] for p in (*beside, *points)}}
 
 # ---- asking for them ----
 
 @pytest.mark.parametrize('point', PARAMS['points'] | PARAMS['offered'])
 def test_a_replicate_is_its_point_with_another_seed_and_nothing_else(point):
-    own, third = resolve(point), resolve(f'{point}~3')
+    own, third = resolve(point, params=PARAMS), resolve(f'{point}~3', params=PARAMS)
     assert third.seed == own.seed + 2*SEED_STEP and digest(dataclasses.replace(third, point=point, seed=own.seed)) == digest(own)
 
 @pytest.mark.parametrize('point', PARAMS['points'])
 def test_no_stage_is_shared_and_the_data_are(point):
-    own, second = resolve(point), resolve(f'{point}~2')
+    own, second = resolve(point, params=PARAMS), resolve(f'{point}~2', params=PARAMS)
     assert not set(chain(own).values()) & set(chain(second).values()) and list(chain(own)) == list(chain(second)) and own.data.name == second.data.name
 
 def test_no_two_replicates_take_each_others_order_of_items():
-    most = max(len(resolve(p).stages) for p in PARAMS['points'])
+    most = max(len(resolve(p, params=PARAMS).stages) for p in PARAMS['points'])
     assert most < SEED_STEP                             # stage i draws its items with seed + i
 
 def test_listing_replicates_leaves_every_other_node_as_it_was():
@@ -35,20 +35,20 @@ def test_listing_replicates_leaves_every_other_node_as_it_was():
     assert last_nodes('no_reg~2', listed('vipet~2', 'no_reg~2')) == ['no_reg~2.instruct'] and 'vipet~2.fusion' in lineage('no_reg~2', listed('vipet~2', 'no_reg~2'))
 
 def test_dvcs_plan_holds_replicates_beside_everything_it_held():
-    before, after = (yaml.safe_load(plan_text(p)) for p in (PARAMS, listed('vipet~2')))
+    before, after = (yaml.safe_load(plan_text(p)) for p in (listed(beside=('vipet', 'no_reg')), listed('vipet~2', beside=('vipet', 'no_reg'))))
     for part in before: assert {k: v for k, v in after[part].items() if '~' not in k} == before[part]
     assert set(after['points']) - set(before['points']) == {'vipet~2'} and after['points']['vipet~2']['last'].endswith('/train/vipet~2.instruct') and after['datasets'] == before['datasets']
     assert after['nodes']['vipet~2.lm']['after1'].endswith('/train/vipet~2.lm_list')
 
 @pytest.mark.parametrize('point', ['vipet~', 'vipet~1', 'vipet~0', 'vipet~02', 'vipet~x', 'vipet~2~3', '~2', 'vipet~-2', 'vipet~２'])
 def test_marks_that_mean_nothing(point):
-    with pytest.raises(ConfigError, match='expected a name, or a name, ~ and a number from 2 on'): resolve(point)
+    with pytest.raises(ConfigError, match='expected a name, or a name, ~ and a number from 2 on'): resolve(point, params=PARAMS)
 
 def test_a_replicate_of_nothing_or_of_something_else_is_refused():
-    with pytest.raises(ConfigError, match='points.vipett: unknown'): resolve('vipett~2')
+    with pytest.raises(ConfigError, match='points.vipett: unknown'): resolve('vipett~2', params=PARAMS)
     params = copy.deepcopy(PARAMS); params['points']['vipet~2'] = {'system': 'vipet', 'ablation': 'no_reg'}
     with pytest.raises(ConfigError, match=r"points.vipet~2: found .*no_reg.*expected .*none.*another seed and nothing else"): plan(params)
-    assert resolve('smollm2~2').lm == resolve('smollm2').lm and replicate_of('no_reg~12') == ('no_reg', 12) and replicate_of('no_reg') == ('no_reg', 1)
+    assert resolve('smollm2~2', params=PARAMS).lm == resolve('smollm2', params=PARAMS).lm and replicate_of('no_reg~12') == ('no_reg', 12) and replicate_of('no_reg') == ('no_reg', 1)
 
 # ---- putting results together ----
 
