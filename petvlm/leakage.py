@@ -276,5 +276,5 @@ def own_loads(path, encoding: str = 'utf-8-sig', **shares) -> list[tuple[str, Lo
 
 def told(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     "What an audit found, one line each, numbers of items replaced by `names`."
-    def said(examples: str) -> str: return ', '.join(' = '.join(names[int(n)] for n in hit.split('~')) for hit in examples.split())
+    def said(examples: str) -> str: return ', '.join(dict.fromkeys(' = '.join(names[int(n)] for n in hit.split('~')) for hit in examples.split()))
     return [f"{'LEAK' if x.severity == 'leak' else 'note'}: {x.check}: {x.number} of {x.of} of {x.split}{f' against {x.against}' if x.against else ''}: {said(x.examples)}{' ...' if x.number > EXAMPLES else ''}" for x in table[table['number'] > 0].itertuples()]
