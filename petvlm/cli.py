@@ -22,7 +22,7 @@ from .viewer import clean
 
 # %% auto #0
 __all__ = ['ALWAYS', 'PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
-           'make_data_folder', 'lock_text', 'study', 'seen_text', 'check', 'hand_out', 'main']
+           'make_data_folder', 'lock_text', 'study', 'seen_text', 'twins', 'check', 'hand_out', 'main']
 
 # %% ../nbs/40_cli.ipynb #254f6aee
 def set_scale(scale: str, root: Path) -> None:
@@ -97,12 +97,12 @@ def release(locks: Path) -> None:
     if kept != held: locks.write_text(json.dumps(kept), encoding='utf-8')
 
 def repro(jobs: int = 0) -> int:
-    "Bring every result in step with data, code and configuration: the data sets one after the other, then `dvc repro` system by system in `jobs` lanes, then the rest. Returns the exit code."
+    "Bring every result in step with data, code and configuration: the data sets, prepared and audited one after the other, then `dvc repro` system by system in `jobs` lanes, then the rest. Returns the exit code."
     root, jobs, cores = find_root(), jobs or lanes(), os.cpu_count() or 1
     (root/'reports').mkdir(exist_ok=True); release(root/'.dvc/tmp/rwlock')
     params, systems, sets = load_params(root/'params.yaml'), {}, {}
     for point, spec in params['points'].items():
-        systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'prepare@{resolve(point, params=params).data.name}'] = None
+        systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'audit@{resolve(point, params=params).data.name}'] = None      # prepares, then audits: a leak stops here, before anything is trained
     if code := _dvc(list(sets), cores, root): return code            # while one reads `data/`, DVC lets no other run pass it
     with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, max(1, cores//jobs), root), [*systems.values(), ['believe']]))
     return max(codes) or _dvc([], cores, root)
@@ -148,15 +148,25 @@ def seen_text(seen: Seen) -> str:
     lines += [f'  SUVbw from {seen.suv}']*bool(seen.suv) + [f'  reports in {told}'] + [f"  CT covers {', '.join(seen.cover)}"]*bool(seen.cover)
     return '\n'.join([f"{seen.study or '(no name)'}: {'REFUSED, ' + plain(seen.why) if seen.why else 'usable'}", *map(lambda line: '  ' + plain(line), lines)])
 
+def twins(folder: str) -> bool:
+    "Write what `petvlm.leakage` finds twice in a folder of studies, whose images are read once more for it; whether a patient or an image would be on two sides of a split."
+    from petvlm.leakage import audit_items, leaks, own_loads, told          # torch comes with it: only where it is needed
+    items = own_loads(folder)
+    table, unread = audit_items(items)
+    lines = told(table, [load.study for _, load in items]) or ['nothing']
+    sys.stdout.write('found twice, each patient in the split that the table names or the hash of the patient decides:\n' + ''.join(f'  {line}\n' for line in lines) + f'  {len(unread)} studies not compared, since they cannot be read\n'*bool(unread))
+    return not leaks(table).empty
+
 def check(folder: str) -> int:
-    "Write what `petvlm.own.survey` finds in a folder of studies, or beside a table of reports; 1 when nothing can be used. Raises `ConfigError` for a folder that is none."
+    "Write what `petvlm.own.survey` finds in a folder of studies, or beside a table of reports, and what is there twice; 1 when nothing can be used, or a patient or an image would be on two sides of a split. Raises `ConfigError` for a folder that is none."
     if not folder: raise ConfigError("check needs a folder of studies, or a table of reports: python -m petvlm.cli check <folder>")
     usable = total = 0
     try:
         for seen in survey(folder): sys.stdout.write(seen_text(seen) + '\n'); total += 1; usable += not seen.why
+        torn = twins(folder)
     except SourceError as e: raise ConfigError(str(e)) from e
     sys.stdout.write(f'{usable} of {total} studies can be used\n')
-    return int(not usable)
+    return int(torn or not usable)
 
 # %% ../nbs/40_cli.ipynb #eba85faf
 def hand_out(folder: str, out: str, key: str) -> None:

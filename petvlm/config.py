@@ -4,14 +4,14 @@
 
 # %% ../nbs/00_config.ipynb #33dc093c
 from __future__ import annotations
-import dataclasses, hashlib, json, os, types, typing
+import dataclasses, hashlib, json, os, re, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 import yaml
 
 # %% auto #0
-__all__ = ['TASKS', 'OBJECTIVES', 'ConfigError', 'find_root', 'Part', 'digest', 'Data', 'Align', 'Stage', 'Evaluation', 'Config',
-           'merge', 'Reads', 'load_params', 'resolve', 'Paths', 'paths']
+__all__ = ['TASKS', 'OBJECTIVES', 'SEED_STEP', 'ConfigError', 'find_root', 'Part', 'digest', 'Data', 'Align', 'Stage',
+           'Evaluation', 'Config', 'merge', 'Reads', 'load_params', 'replicate_of', 'resolve', 'Paths', 'paths']
 
 # %% ../nbs/00_config.ipynb #359e058b
 class ConfigError(ValueError):
@@ -224,10 +224,27 @@ def _scaled(values: dict, layer: dict, system: str) -> dict:
     for part in (layer.get('common', {}), every, layer.get(system, {})): values = _over(values, part)
     return values
 
+def replicate_of(point: str) -> tuple[str, int]:
+    "The point whose training `point` repeats, and which repetition it is: ('vipet', 2) of 'vipet~2', ('vipet', 1) of 'vipet'. Raises `ConfigError` for a mark without a number from 2 on."
+    own, mark, k = point.partition('~')
+    if mark and not (own and re.fullmatch(r'[2-9]|[1-9][0-9]+', k)): raise ConfigError(f"point {point!r}: expected a name, or a name, ~ and a number from 2 on ('vipet~2' is the second training of vipet)")
+    return own, int(k) if mark else 1
+
+SEED_STEP = 1000      # between replicates: stages take seed, seed + 1 ... for the order of their items, and no replicate may take another's
+
+def _spec(params: dict, point: str) -> dict:
+    "System and ablation of a point, or of the point that a replicate repeats."
+    points, own = params['points'] | params.get('offered', {}), replicate_of(point)[0]
+    spec = _pick({'points': points}, 'points', own)
+    if points.get(point, spec) != spec: raise ConfigError(f"points.{point}: found {points[point]}, expected {spec}: a replicate is {own} with another seed and nothing else")
+    return spec
+
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
-    "The point `point` of `params.yaml` (of `points`, or of `offered`, which the pipeline does not run) at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key."
+    """The point `point` of `params.yaml` (of `points`, or of `offered`, which the pipeline does not run) at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key.
+
+    `<point>~<k>` is its k-th replicate: the same point with a seed of its own, whether `points` lists it or not."""
     params = params or load_params()
-    spec, scale = _pick({'points': params['points'] | params.get('offered', {})}, 'points', point), scale or params['scale']
+    spec, scale = _spec(params, point), scale or params['scale']
     values = merge(params['base'], _pick(params, 'systems', spec['system']))
     for layer in _scale(params, scale): values = _scaled(values, layer, spec['system'])
     values = _over(values, _pick(params, 'ablations', spec['ablation']))
@@ -235,7 +252,7 @@ def resolve(point: str, scale: str | None = None, params: dict | None = None) ->
     cfg = _build(Config, dict(values, point=point, scale=scale, **spec), point)
     for bad, key, why in _forbid(cfg):
         if bad: raise ConfigError(f"{point}.{key}: {why}")
-    return cfg
+    return dataclasses.replace(cfg, seed=cfg.seed + SEED_STEP*(replicate_of(point)[1] - 1))
 
 # %% ../nbs/00_config.ipynb #12285663
 @dataclass(frozen=True)
@@ -251,6 +268,7 @@ class Paths:
     def prepared(self, data: Data) -> Path: return self.runs/'prepared'/data.name
     @property
     def tables(self) -> Path: return self.root/'tables'/self.scale
+    def audit(self, data: Data) -> Path: return self.root/'audits'/self.scale/f'{data.name}.csv'
     @property
     def figures(self) -> Path: return self.root/'figures'/self.scale
     def node(self, name: str) -> Path: return self.runs/'train'/name

@@ -70,6 +70,12 @@ def test_every_arm_is_in_the_table_of_lesions_and_errors_are_injected(clone):
         seen = pd.read_csv(clone/f'tables/believe/detected_{language}.csv', index_col='kind')['seen']
         assert seen.drop(['none', 'all_normal']).min() > .9 and seen['none'] < .05
 
+@pytest.mark.parametrize('name', ['regions-vi', 'radiographs-en'])
+def test_every_data_set_is_audited_and_nobody_is_on_two_sides(clone, name):
+    table = pd.read_csv(clone/f'audits/smoke/{name}.csv')
+    assert {'same patient', 'same images', 'near images'} <= set(table['check']) and not table.loc[table['severity'] == 'leak', 'number'].any()
+    assert table['data_hash'].unique().tolist() == [json.loads((clone/'runs/smoke/evaluate'/{'regions-vi': 'vipet', 'radiographs-en': 'content_topic'}[name]/'results.json').read_text())[0]['provenance']['data_hash']]
+
 def test_the_data_are_the_bytes_of_data_dvc(clone):
     assert 'up to date' in run(clone, 'dvc', 'status', 'data.dvc')
 
