@@ -11,7 +11,7 @@ import numpy as np
 import petvlm.metrics as metrics_   # absolute, and one import per line: `evaluate` reads these lines and copies the file before it imports it
 
 # %% auto #0
-__all__ = ['f_measure', 'rouge_l_coco', 'Rouge']
+__all__ = ['BETA', 'f_measure', 'rouge_l_coco', 'Rouge']
 
 # %% ../nbs/30b_metric_rouge.ipynb #e6a75ff8
 def f_measure(common: np.ndarray, written: np.ndarray, wanted: np.ndarray, beta: float = 1.) -> np.ndarray:
@@ -41,12 +41,11 @@ class Rouge(evaluate.Metric):
         values = {m: 100 * f for m, f in _values(said, meant, metrics).items()}
         return ({m: np.column_stack([v, np.ones(len(v))]) if each else float(v.mean()) for m, v in values.items()}) | {'tokenizer': tokenizer}
 
+BETA = {'rougeL': 1., 'rougeL_coco': 1.2}
+
 def _values(said, meant, metrics):
-    "Metric -> F of each pair, 0 to 1."
-    orders = [int(m.removeprefix('rouge')) for m in metrics if m.removeprefix('rouge').isdigit()]
-    found = metrics_.overlap(said, meant, max(orders, default=1)) if orders else None
-    out = {f'rouge{n}': f_measure(*found[:, n - 1].T) for n in orders}
-    if longest := {'rougeL': 1., 'rougeL_coco': 1.2}.keys() & {*metrics}:
-        lengths = np.array([(metrics_.common_subsequence(m, s), len(s), len(m)) for s, m in zip(said, meant)], float).T
-        out |= {m: f_measure(*lengths, beta=1.2 if m.endswith('_coco') else 1.) for m in longest}   # with one reference the best precision and recall are that one's
-    return {m: out[m] for m in metrics}
+    "Metric -> F of each pair, 0 to 1; with one reference the best precision and the best recall are that one's."
+    orders = {m: int(m.removeprefix('rouge')) for m in metrics if m not in BETA}
+    found = metrics_.overlap(said, meant, max(orders.values())) if orders else None
+    lengths = np.array([(metrics_.common_subsequence(m, s), len(s), len(m)) for s, m in zip(said, meant)], float).T if set(BETA) & set(metrics) else None
+    return {m: f_measure(*found[:, orders[m] - 1].T) if m in orders else f_measure(*lengths, beta=BETA[m]) for m in metrics}
