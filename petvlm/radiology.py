@@ -28,7 +28,7 @@ class Needs:
     files: dict[str, str] = field(default_factory=dict)
 
 NEEDS: dict[str, Needs] = {
-    'ratescore': Needs('RaTEScore', 'RaTEScore', 'RaTEScore==0.6.0', 'models: RaTE-NER-Deberta MIT, BioLORD-2023-C bound to the terms of UMLS and SNOMED CT', {
+    'ratescore': Needs('RaTEScore', 'RaTEScore', 'RaTEScore==0.6.0 medspacy==1.3.1', 'package and RaTE-NER-Deberta MIT, BioLORD-2023-C under the licences of IHTSDO and NLM', {
         'entities': 'folder of Angelakeke/RaTE-NER-Deberta', 'synonyms': 'folder of FremyCompany/BioLORD-2023-C'}),
     'radgraph_f1': Needs('RadGraph-F1', 'radgraph', 'radgraph==0.1.18', 'package and models MIT', {
         'annotations': 'JSON file {report: annotation}, made elsewhere by dict(zip(reports, RadGraph(model_type="radgraph-xl")(reports).values()))'}),
