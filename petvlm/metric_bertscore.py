@@ -46,4 +46,4 @@ class BertScore(evaluate.Metric):
             encoder = scorer(os.fspath(model or model_folder()), layers)
             f[full] = 100 * encoder.score([predictions[i] for i in full], [references[i] for i in full], batch_size=batch)[2].numpy()
         rows = np.stack([f, np.ones_like(f)], -1)
-        return {'bertscore': rows if each else float(metrics_.METRICS['bertscore'].finish(rows.sum(0)))}
+        return {'bertscore': rows if each else float(metrics_.METRICS['bertscore'].finish(rows.sum(0))), 'tokenizer': 'own'}

@@ -103,6 +103,6 @@ class Meteor(evaluate.Metric):
     def _compute(self, predictions, references, metrics=('meteor',), tokenizer='unicode', wordnet=None, each=False):
         split, synonyms = cache(metrics_.TOKENIZERS[tokenizer]), _synonyms(wordnet)
         rows = np.array([(100 * meteor(split(p), split(r), synonyms), 1) for p, r in zip(predictions, references)])
-        return {'meteor': rows if each else float(metrics_.METRICS['meteor'].finish(rows.sum(0))), 'variant': synonyms.variant}
+        return {'meteor': rows if each else float(metrics_.METRICS['meteor'].finish(rows.sum(0))), 'variant': synonyms.variant, 'tokenizer': tokenizer}
 
 def _synonyms(folder): return open_wordnet(os.fspath(folder)) if folder else NoSynonyms()

@@ -1,15 +1,20 @@
 "Text metrics against public scores, with the network shut; finding scores and intervals against counting by hand."
-import json, os, socket, zipfile
+import importlib.util, json, os, socket, zipfile
+from types import SimpleNamespace
 from pathlib import Path
 import numpy as np, pytest
 from nltk.stem import PorterStemmer
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from petvlm.facts import COUNTS, FactError, bootstrap, by_patient, finding_counts, finding_scores, judge, paired_bootstrap, statistic_of, sums_of
 from petvlm.findings import LESIONS, ORGANS, Finding
-from petvlm.metric_cider import ngram_counts
-from petvlm.metric_meteor import WordNet, meteor
-from petvlm.metrics import METRICS, MODULES, MetricError, TOKENIZERS, label_of, score, score_each, statistics
+from petvlm.metric_bleu import counts
+from petvlm.metric_meteor import NoSynonyms, WordNet, meteor
+from petvlm.metric_rouge import f_measure, rouge_l_coco
+from petvlm.metrics import METRICS, MODULES, MetricError, TOKENIZERS, label_of, load_metric, score, score_each, statistics, tokenizer_of
+from petvlm.words import common_subsequence, ngram_counts, overlap
 
 HERE = Path(__file__).parent
 REPORTS = HERE.parent.parent / 'shared/data/reports_vi/pairs.json'
@@ -27,7 +32,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 @pytest.mark.parametrize('metric,tokenizer,key,scale', [
-    ('rouge1', 'rouge_score', 'rouge1', 100), ('rougeL', 'rouge_score', 'rougeL', 100), ('rouge1', 'whitespace', 'rouge1_ws_tokenizer', 100),
+    ('rouge1', 'rouge-default', 'rouge1', 100), ('rougeL', 'rouge-default', 'rougeL', 100), ('rouge1', 'whitespace', 'rouge1_ws_tokenizer', 100),
     ('rougeL', 'whitespace', 'rougeL_ws_tokenizer', 100), ('bleu4', '13a', 'bleu_13a_effective_order', 1)])
 def test_each_pair_scores_as_in_public_code(public, pairs, metric, tokenizer, key, scale):
     got = score_each(*pairs, (metric,), tokenizer)[metric]
@@ -50,8 +55,9 @@ def test_sums_give_the_score_of_any_resample(pairs, seed):
     assert METRICS['bleu4'].finish(rows[drawn].sum(0)) == pytest.approx(BLEU(tokenize='none').corpus_score(said, [meant]).score, abs=1e-9)
 
 def test_no_network_is_asked(no_network, pairs):
-    got = score([p[:200] for p in pairs[0][::9]], [r[:200] for r in pairs[1][::9]], tuple(METRICS))   # every ninth: CIDEr wants different references
-    assert list(got) == list(METRICS) and got['bertscore'] > 50
+    names = tuple(m for m, x in METRICS.items() if not x.extra)
+    got = score([p[:200] for p in pairs[0][::9]], [r[:200] for r in pairs[1][::9]], names)   # every ninth: CIDEr wants different references
+    assert list(got) == list(names) and got['bertscore'] > 50
 
 def test_bertscore_does_not_depend_on_what_else_is_scored():
     texts = ['Nốt mờ ở phổi trái.', 'Gan không có khối bất thường, lách không to.', '', 'Hạch trung thất 12 mm.']
@@ -70,12 +76,124 @@ def test_modules_of_the_register_are_in_the_package():
 def test_refusals_say_what_was_found(args, words):
     with pytest.raises(MetricError, match=words): score(*args)
 
-@pytest.mark.skipif(not REPORTS.exists(), reason='real reports (../shared/data/reports_vi) are not here')
-def test_tokenizer_moves_rouge_on_real_reports():
-    real = json.loads(REPORTS.read_text())
-    said, meant = [r['generated'] for r in real], [r['ground_truth'] for r in real]
-    torn, whole = (score(said, meant, ('rouge1',), t)['rouge1'] for t in ('rouge_score', 'unicode'))
+def test_every_result_names_its_tokenizer(pairs):
+    names = ('bleu4', 'bleu4_nltk', 'bleu1_hf', 'rouge2', 'rougeL_coco', 'meteor', 'cider')
+    got = score(*pairs, names, 'intl')
+    assert got.tokenizers == {m: {'bleu4_nltk': 'whitespace', 'bleu1_hf': '13a'}.get(m, 'intl') for m in names} == score_each(*pairs, names, 'intl').tokenizers
+    assert tokenizer_of('bertscore', 'intl') == 'own' and '[intl]' in repr(got) and json.loads(json.dumps(got)) == dict(got)
+    for module, metric in (('bleu', 'bleu4'), ('rouge', 'rouge2'), ('meteor', 'meteor'), ('cider', 'cider')):
+        assert load_metric(module).compute(predictions=pairs[0], references=pairs[1], metrics=(metric,), tokenizer='13a')['tokenizer'] == '13a'
+    with pytest.raises(MetricError, match="unknown metric 'bleu5'"): tokenizer_of('bleu5')
+
+# n-grams and subsequences of whole sets, against one pair at a time
+
+def drawn(rng, n, words=40, longest=120):
+    "Texts of few and of many different words, some empty."
+    return [' '.join(f'w{i}' for i in rng.integers(rng.integers(1, words), size=rng.integers(0, longest))) for _ in range(n)]
+
+def test_rouge_is_rouge_scores_on_random_texts():
+    rng, names = np.random.default_rng(11), ['rouge1', 'rouge2', 'rougeL']
+    said, meant = ['', *drawn(rng, 200)], [*drawn(rng, 200), '']
+    scorer = RougeScorer(names, tokenizer=SimpleNamespace(tokenize=str.split))
+    theirs = [scorer.score(m, s) for s, m in zip(said, meant)]
+    got = score_each(said, meant, names, 'whitespace')
+    assert max(len(s.split()) for s in said) > 64   # more words than a machine word has bits
+    for m in names: np.testing.assert_allclose(got[m], [100 * t[m].fmeasure for t in theirs], rtol=0, atol=1e-9)
+
+def test_bleu_counts_are_sacrebleus_on_random_texts():
+    rng = np.random.default_rng(12)
+    said, meant = drawn(rng, 100, 8, 40), drawn(rng, 100, 8, 40)
+    bleu = BLEU(tokenize='none', max_ngram_order=4, effective_order=True)
+    theirs = [(*s.counts, *s.totals, s.sys_len, s.ref_len) for s in (bleu.sentence_score(a, [b]) for a, b in zip(said, meant))]
+    assert counts([t.split() for t in said], [t.split() for t in meant]).tolist() == [list(map(float, t)) for t in theirs]
+
+def test_overlap_is_that_of_counters():
+    from collections import Counter
+    rng = np.random.default_rng(13)
+    said, meant = ([t.split() for t in drawn(rng, 40, 6, 20)] for _ in range(2))
+    grams = lambda t, n: Counter(tuple(t[i:i + n]) for i in range(len(t) - n + 1))
+    for row, s, m in zip(overlap(said, meant, 3), said, meant):
+        assert row.tolist() == [[(grams(s, n) & grams(m, n)).total(), grams(s, n).total(), grams(m, n).total()] for n in (1, 2, 3)]
+
+def test_texts_without_words_have_nothing_in_common():
+    assert overlap([[], []], [[], []], 2).tolist() == [[[0, 0, 0]]*2]*2 and common_subsequence([], []) == common_subsequence('a', '') == 0
+    names = [m for m, x in METRICS.items() if x.module in ('bleu', 'rouge', 'meteor')]
+    assert set(score(['', '.'], ['', '!'], names).values()) == {0.}
+
+def test_common_subsequence_is_that_of_the_table():
+    rng = np.random.default_rng(14)
+    for _ in range(60):
+        a, b = (rng.integers(rng.integers(1, 12), size=rng.integers(0, 150)).tolist() for _ in range(2))
+        row = [0] * (len(b) + 1)
+        for x in a:
+            before = row[:]
+            for j, y in enumerate(b): row[j + 1] = before[j] + 1 if x == y else max(before[j + 1], row[j])
+        assert common_subsequence(a, b) == common_subsequence(b, a) == row[-1]
+
+def test_rouge_l_of_several_references_takes_the_best_of_each():
+    "pycocoevalcap: the best precision and the best recall, each over all references, then F with beta 1.2; by hand."
+    said, one, other = 'a b c d'.split(), 'a b'.split(), 'a b c x y z w v'.split()   # 2 of 4 and all 2; 3 of 4 and 3 of 8
+    assert rouge_l_coco(said, [one, other]) == pytest.approx(2.44 * .75 * 1 / (1 + 1.44 * .75)) and rouge_l_coco(said, [['x']]) == rouge_l_coco([], [one]) == 0
+    assert rouge_l_coco(said, [other]) == pytest.approx(f_measure(np.array([3.]), np.array([4.]), np.array([8.]), 1.2)[0])
+
+# real reports
+
+REAL = pytest.mark.skipif(not REPORTS.exists(), reason='real reports (../shared/data/reports_vi) are not here')
+
+@pytest.fixture(scope='module')
+def real():
+    rows = json.loads(REPORTS.read_text('utf-8'))
+    return [r['generated'] for r in rows], [r['ground_truth'] for r in rows]
+
+@REAL
+def test_tokenizer_moves_rouge_on_real_reports(real):
+    torn, whole = (score(*real, ('rouge1',), t)['rouge1'] for t in ('rouge-default', 'unicode'))
     assert torn > whole + 5
+
+@REAL
+@pytest.mark.parametrize('tokenizer,stem', [('rouge-default', False), ('rouge-stem', True)])
+def test_rouge_on_real_reports_is_rouge_scores(real, tokenizer, stem):
+    names = ['rouge1', 'rouge2', 'rougeL']
+    scorer = RougeScorer(names, use_stemmer=stem)
+    theirs = [scorer.score(m[:900], s[:900]) for s, m in zip(*real)]   # its table takes a second for a whole report
+    got = score_each(*([t[:900] for t in side] for side in real), names, tokenizer)
+    for m in names: np.testing.assert_allclose(got[m], [100 * t[m].fmeasure for t in theirs], rtol=0, atol=1e-9)
+
+@REAL
+@pytest.mark.parametrize('tokenizer,settings', [('13a', {}), ('intl', {'tokenize': 'intl'}), ('13a-lower', {'lowercase': True})])
+def test_bleu_on_real_reports_is_sacrebleus(real, tokenizer, settings):
+    said, meant = real
+    got = score(said, meant, ('bleu1', 'bleu2', 'bleu3', 'bleu4'), tokenizer)
+    theirs = [BLEU(max_ngram_order=n, **settings).corpus_score(said, [meant]).score for n in (1, 2, 3, 4)]
+    np.testing.assert_allclose(list(got.values()), theirs, rtol=0, atol=1e-9)
+    each = [BLEU(effective_order=True, **settings).sentence_score(s, [m]).score for s, m in zip(said, meant)]
+    np.testing.assert_allclose(score_each(said, meant, ('bleu4',), tokenizer)['bleu4'], each, rtol=0, atol=1e-9)
+
+@REAL
+def test_bleu_and_meteor_on_real_reports_are_nltks(real):
+    said, meant = real
+    whole = corpus_bleu([[m.split()] for m in meant], [s.split() for s in said], smoothing_function=SmoothingFunction().method4)
+    assert score(said, meant, ('bleu4_nltk',))['bleu4_nltk'] == pytest.approx(100 * whole, abs=1e-9)
+    for tokenizer in ('nltk', 'unicode'):
+        split = TOKENIZERS[tokenizer]
+        theirs = [100 * single_meteor_score(split(m), split(s), wordnet=NoSynonyms()) for s, m in zip(said, meant)]
+        np.testing.assert_allclose(score_each(said, meant, ('meteor',), tokenizer)['meteor'], theirs, rtol=0, atol=1e-9)
+
+@REAL
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec('pycocoevalcap'), reason='pycocoevalcap is not installed (pip install --no-deps pycocoevalcap==1.2)')
+def test_real_reports_score_as_in_pycocoevalcap(real):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    said, meant = ([' '.join(TOKENIZERS['unicode'](t)) for t in side] for side in real)
+    theirs = {name: scorer.compute_score({i: [m] for i, m in enumerate(meant)}, {i: [s] for i, s in enumerate(said)}) for name, scorer in (('bleu', Bleu(4)), ('cider', Cider()), ('rouge', Rouge()))}
+    orders = [f'bleu{n}_coco' for n in (1, 2, 3, 4)]
+    got, each = score(*real, orders), score_each(*real, (*orders, 'cider', 'rougeL_coco'))
+    np.testing.assert_allclose(list(got.values()), 100 * np.array(theirs['bleu'][0]), atol=1e-6)
+    np.testing.assert_allclose([each[m] for m in orders], 100 * np.array(theirs['bleu'][1]), atol=1e-6)
+    np.testing.assert_allclose(each['cider'], 100 * theirs['cider'][1], atol=1e-6)
+    np.testing.assert_allclose(each['rougeL_coco'], 100 * theirs['rouge'][1], atol=1e-6)
 
 # METEOR, CIDEr, BLEU-2, BLEU-3
 
@@ -111,6 +229,38 @@ def test_bleu_1_to_4_of_a_corpus_are_those_of_pycocoevalcap(both, group, how, pr
     "Its BLEU 'closest' differs from sacrebleu's only where an order has no match in the whole set, so one name serves both."
     got = score(*sides([map(prepare, p) for p in both['pairs'][GROUPS[group]]]), ('bleu1', 'bleu2', 'bleu3', 'bleu4'), 'whitespace')
     np.testing.assert_allclose(list(got.values()), 100 * np.array(both['bleu'][how][group]), atol=1e-6)
+
+@pytest.mark.parametrize('how,prepare', [('raw', str), ('tokenised', spaced)])
+def test_pairs_score_as_in_pycocoevalcap(both, how, prepare):
+    "BLEU-1 to BLEU-4 of each pair, with its tiny smoothing, and its own ROUGE-L."
+    said, meant = sides([map(prepare, p) for p in both['pairs']])
+    orders = [f'bleu{n}_coco' for n in (1, 2, 3, 4)]
+    got = score_each(said, meant, (*orders, 'rougeL_coco'), 'whitespace')
+    np.testing.assert_allclose([got[m] for m in orders], 100 * np.array(both['bleu_per_sample'][how]), atol=1e-6)
+    np.testing.assert_allclose(got['rougeL_coco'], 100 * np.array(both['rougeL_coco'][how]), atol=1e-6)
+    for group, part in GROUPS.items():
+        whole = score(said[part], meant[part], orders, 'whitespace')
+        np.testing.assert_allclose(list(whole.values()), 100 * np.array(both['bleu'][how][group]), atol=1e-6)
+
+@pytest.mark.parametrize('key,tokenizer', [('', 'rouge-default'), ('_ws_tokenizer', 'whitespace'), ('_stemmer', 'rouge-stem')])
+def test_rouge_of_each_pair_is_that_of_hugging_face(both, key, tokenizer):
+    names = ('rouge1', 'rouge2', 'rougeL')
+    got = score_each(*sides(both['pairs']), names, tokenizer)
+    for m in names: np.testing.assert_allclose(got[m], 100 * np.array(both['rouge'][m + key]), atol=1e-6)
+
+@pytest.mark.parametrize('order', [1, 4])
+def test_bleu_of_each_pair_is_that_of_hugging_face(both, order):
+    "Where it divides by zero (an empty prediction) the score here is 0; all others agree, and so does the mean over samples."
+    got = score_each(*sides(both['pairs']), (f'bleu{order}_hf',))[f'bleu{order}_hf']
+    theirs = np.array(both['bleu_hf'][str(order)], float)
+    assert np.isnan(theirs).sum() == 6 and (got[np.isnan(theirs)] == 0).all()
+    np.testing.assert_allclose(got[~np.isnan(theirs)], 100 * theirs[~np.isnan(theirs)], atol=1e-6)
+    assert score(*sides(both['pairs']), (f'bleu{order}_hf',))[f'bleu{order}_hf'] == pytest.approx(got.mean())
+
+@pytest.mark.parametrize('group', GROUPS)
+@pytest.mark.parametrize('tokenizer', ['13a', 'intl', '13a-lower'])
+def test_corpus_bleu_by_tokenizer_is_sacrebleus(both, group, tokenizer):
+    assert score(*sides(both['pairs'][GROUPS[group]]), ('bleu4',), tokenizer)['bleu4'] == pytest.approx(both['sacrebleu'][group][tokenizer], abs=1e-6)
 
 @pytest.mark.parametrize('key,prepare', [('cider', str), ('cider_tokenised', spaced)])
 @pytest.mark.parametrize('group', GROUPS)
@@ -210,8 +360,6 @@ def test_ngrams_are_those_counted_by_hand():
             assert sorted(row[row > 0]) == sorted(grams.count(g) for g in set(grams))
 
 def test_meteor_remembers_stems_and_stays_nltks():
-    from types import SimpleNamespace
-    from nltk.translate.meteor_score import single_meteor_score
     rng, words = np.random.default_rng(1), 'lung lungs nodule nodules noted noting uptake liver no the of in'.split()
     for _ in range(200):
         a, b = ([words[i] for i in rng.integers(len(words), size=rng.integers(0, 15))] for _ in range(2))
