@@ -77,7 +77,7 @@ class Lexicon:
     advice: re.Pattern            # how a sentence begins that advises, or tells the history
 
 def _re(pattern: str, flags: int = 0) -> re.Pattern: return re.compile(pattern.replace('\\ ', ' ').replace(' ?', r'\s*').replace(' ', r'\s+'), flags)
-def _organs(table) -> re.Pattern: return _re(r'(?<!\w)(?:' + '|'.join(f'(?P<{key}>{pattern})' for key, pattern in table) + ')')
+def _organs(table) -> re.Pattern: return _re(r'(?<!\w)(?=\w)(?:' + '|'.join(f'(?P<{key}>{pattern})' for key, pattern in table) + ')')
 def _beside(words: str, table) -> re.Pattern: return _re(rf'(?<!\w)(?:{words}) (?:{"|".join(pattern for _, pattern in table)})')
 def _kinds(**table) -> tuple: return tuple((key, _re(pattern)) for key, pattern in table.items())
 
@@ -248,11 +248,9 @@ def _granted(t: str, lex: Lexicon) -> str:
 def places(t: str, lex: Lexicon, node: bool) -> list[tuple[str, str]]:
     "Where the lesion of a clause lies: read without what it touches and, but for nodes, without what it lies beside, as far as a place remains."
     said = hide(t, lex.supposed)
-    tries = ((said, lex.reach, *(() if node else (lex.beside,))), (said, lex.reach), (said, lex.elsewhere), (t, lex.elsewhere))
-    for text, *patterns in tries:
-        for pattern in patterns: text = hide(text, pattern)
-        if found := sites_in(text, lex): return found
-    return []
+    near = hide(said, lex.reach)
+    tries = (near if node else hide(near, lex.beside), near, hide(said, lex.elsewhere), hide(t, lex.elsewhere))
+    return next((found for text in dict.fromkeys(tries) if (found := sites_in(text, lex))), [])
 
 def read_clause(clause: str, lex: Lexicon, sites: Sequence[tuple[str, str]]) -> tuple[list[Finding], list[tuple[str, str]]]:
     "Findings of one lower-case clause, and the sites it speaks of; `sites` are those of the clause before."

@@ -16,8 +16,8 @@ from .facts import FactError, bootstrap
 from .findings import Finding
 from .lesionfacts import match
 from .lexicon import LEXICA, fits, kinds_of, numbers, places
-from .reports import parse, plain
-from .wording import wording
+from .reports import parse
+from .wording import plain, wording
 
 # %% auto #0
 __all__ = ['FIELDS', 'NEAR_MM', 'NEAR_SUV', 'LEVELS', 'UNITS', 'COUNTS', 'ERRORS', 'Reading', 'ReaderError', 'Lesion', 'grouped',
@@ -39,7 +39,7 @@ def grouped(findings: Sequence[Finding], text: str = '') -> tuple[Lesion, ...]:
     "Findings of a report as lesions: those that one clause states (the same span) are one."
     spans = dict.fromkeys(f.span for f in findings)
     of = {s: tuple(f for f in findings if f.span == s) for s in spans}
-    return tuple(Lesion(fs, tuple(dict.fromkeys(f.kind for f in fs)), text[slice(*s)] if s else '') for s, fs in of.items())
+    return tuple(Lesion(fs, tuple(dict.fromkeys(f.kind for f in fs)), text[slice(*s)].strip() if s else '') for s, fs in of.items())
 
 def read_text(text: str, language: str = 'vi') -> tuple[Lesion, ...]:
     "The lesions of a report, as the parser reads it. Raises `ReportError` for an unknown language."

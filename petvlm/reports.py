@@ -4,17 +4,17 @@
 
 # %% ../nbs/05_reports.ipynb #00b1a105
 from __future__ import annotations
-import dataclasses, re, unicodedata
+import dataclasses, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np
 from .findings import KINDS, ORGANS, REGIONS, Finding
 from .lexicon import LEXICA, SIZE, SUV, Lexicon, hide, kinds_in, numbers, read_clause, sites_in
-from .wording import NORMAL, SILENT, ReportError, Wording, finding_name, number, pick, site_name, wording
+from .wording import NORMAL, SILENT, ReportError, Wording, finding_name, number, pick, plain, site_name, wording
 
 # %% auto #0
 __all__ = ['NOTHING', 'REQUESTS', 'Report', 'rounded', 'placed', 'capital', 'sentence_of', 'impression', 'write_report',
-           'full_report', 'lower', 'plain', 'passages', 'parse', 'finding_list', 'report_request']
+           'full_report', 'passages', 'parse', 'finding_list', 'report_request']
 
 # %% ../nbs/05_reports.ipynb #8c3e3c4c
 @dataclass(frozen=True)
@@ -161,33 +161,6 @@ def full_report(reports: Mapping[str, Report]) -> Report:
         text = head + r.body
     ends = ' '.join(capital(r.impression) for r in parts if r.impression)
     return Report(f'{text} {w.mark} {ends}' if ends else text, tuple(findings), 'whole', lang)
-
-# %% ../nbs/05_reports.ipynb #811a6e5b
-_TONES = {a + b: c + plain for a, plain, toned, moved in (('o', 'a', 'áàảãạ', 'óòỏõọ'), ('o', 'e', 'éèẻẽẹ', 'óòỏõọ'), ('u', 'y', 'ýỳỷỹỵ', 'úùủũụ')) for b, c in zip(toned, moved)}
-_TONE = re.compile(rf"(?<!q)(?:{'|'.join(_TONES)})(?!\w)")
-_BREAK = re.compile(r'(?<![^\S\n])[^\S\n]*\n\s*')
-_FRESH = re.compile(r'[-+*•]\s*[^\W\d_]|\d{1,2}[.)]\s')
-_LISTED = re.compile(r'(?:hình\s+ảnh|hạch|nốt|khối|nhân|nang|sỏi|tràn\s+dịch|vôi\s+hóa|tổn\s+thương|a\s|an\s|there\s)')
-
-def lower(text: str) -> str:
-    "NFC text in lower case, as many characters as before."
-    text = unicodedata.normalize('NFC', text)
-    low = text.lower()
-    return low if len(low) == len(text) else ''.join(c.lower() if len(c.lower()) == 1 else c for c in text)
-
-def _soft(text: str, low: str) -> str:
-    "`low` with the line breaks that end no sentence as spaces: those not before an empty line, a bullet, a capitalised word, or a noun after a number."
-    def one(m: re.Match) -> str:
-        before, after = low[max(0, m.start() - 3):m.start()], text[m.end():m.end() + 3]
-        titled = after[:1].isupper() and after[1:2].islower()
-        listed = before.endswith(('mm', 'cm', 'fdg', ')')) and _LISTED.match(low, m.end(), m.end() + 12)
-        return m.group() if m.group().count('\n') > 1 or titled or listed or _FRESH.match(low, m.end(), m.end() + 6) else ' '*len(m.group())
-    return _BREAK.sub(one, low)
-
-def plain(text: str) -> str:
-    "The text in NFC and lower case with one spelling of tones and no line breaks inside sentences; as many characters as in NFC, so spans hold for both."
-    text = re.sub(r'\r\n?|[\v\f\x85\u2028\u2029]', lambda m: ' '*(len(m.group()) - 1) + '\n', unicodedata.normalize('NFC', text))
-    return _soft(text, _TONE.sub(lambda m: _TONES[m.group()], lower(text)))
 
 # %% ../nbs/05_reports.ipynb #80c43469
 _BEFORE = ''.join(f'(?<!{w})' for w in ('hiện', 'với', 'thấy', 'có', 'là', 'nhận', 'trên', 'của', 'theo', 'và', 'các', 'bằng', 'qua', r'[._!?,:;(\s]'))

@@ -7,9 +7,9 @@ from petvlm.chat import VQA_SCHEMA, LocalChatBackend, OpenAIBackend, SchemaError
 from petvlm.findings import LANGUAGES, LESIONS, ORGANS, REGIONS, Finding
 from petvlm.lexicon import LEXICA, numbers, sites_in
 from petvlm.readers import read_list
-from petvlm.reports import finding_list, full_report, parse, plain, write_report
+from petvlm.reports import finding_list, full_report, parse, write_report
 from petvlm.vqa import ANSWERS, split, vqa_multi, vqa_single
-from petvlm.wording import ReportError, site_name
+from petvlm.wording import ReportError, plain, site_name
 
 REAL = Path(__file__).parents[2]/'shared/data/reports_vi'
 
