@@ -50,6 +50,9 @@ def compare(texts, experts, model, before, n):
     return table
 
 
+def rounded(x): return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else round(x, 4) if isinstance(x, float) else x
+
+
 def numbers_only(table):
     "Without the words that could not be mapped: how many of each field."
     clean = lambda r: r | {'unmapped': {field: sum(words.values()) for field, words in r['unmapped'].items()}}
@@ -95,7 +98,7 @@ def main(argv=None):
     from petvlm.files import atomic
     from petvlm.findings import Finding
     from petvlm.reports import parse
-    write = lambda path, what: atomic(path, lambda part: part.write_text(json.dumps(what, indent=1) + '\n', encoding='utf-8'))
+    write = lambda path, what: atomic(path, lambda part: part.write_text(json.dumps(what) + '\n', encoding='utf-8'))
     texts, experts, model = load(a.data)
     if a.dump: return write(a.dump, {i: [f.to_dict() for f in parse(t)] for i, t in texts.items()})
     before = {i: [Finding.from_dict(f) for f in fs] for i, fs in json.loads(a.before.read_text(encoding='utf-8')).items()} if a.before else None
@@ -103,7 +106,7 @@ def main(argv=None):
     table = compare(texts, experts, model, before, a.n)
     report(table)
     write(a.out, {'made': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'reports': len(texts), 'lists': {'experts': len(set(experts) & set(texts)), 'model': sum(bool(x) for x in model.values()), 'model, empty': sum(not x for x in model.values())},
-                       'split': 'sha256, seed 0, first half tuned', 'bootstrap': a.n, 'comparisons': numbers_only(table)})
+                       'split': 'sha256, seed 0, first half tuned', 'bootstrap': a.n, 'comparisons': rounded(numbers_only(table))})
 
 
 if __name__ == '__main__': main()

@@ -2,7 +2,7 @@
 import dataclasses, importlib.util, json
 from pathlib import Path
 import numpy as np, pytest
-from petvlm.facts import FactError
+from petvlm.facts import FactError, bootstrap
 from petvlm.findings import KINDS, LESIONS, ORGANS, Finding
 from petvlm.readers import COUNTS, ERRORS, LEVELS, UNITS, Lesion, ReaderError, agreement, errors, grouped, read_entry, read_list, read_text, reader_counts, within
 from petvlm.reports import write_report
@@ -80,6 +80,8 @@ def test_shares_and_intervals():
     assert all(x['lo'] <= x['value'] <= x['hi'] for unit in UNITS for level in LEVELS for x in r[unit][level].values())
     assert r['errors'] == dict.fromkeys(ERRORS, 0) | {'missed': 1, 'invented': 1} and json.loads(json.dumps(r)) == r
     assert agreement([[NODULE], []], [[NODULE], [NODULE]], n=400)['findings']['site']['recall']['lo'] == 0
+    said, there, right = (np.array(x) for x in ([1, 2, 0], [1, 1, 1], [1, 1, 0]))                       # the same draws as everywhere
+    assert bootstrap(np.column_stack([said + there, right]), lambda s: 2*s[:, 1]/s[:, 0], n=400) == (r['findings']['site']['f1']['lo'], r['findings']['site']['f1']['hi'])
 
 @pytest.mark.parametrize('language', ['vi', 'en'])
 def test_a_written_report_agrees_with_its_findings(language):
