@@ -28,6 +28,8 @@ def entry(size='Không có', shape='Nốt mờ', place='thùy trên phổi trái
     (dict(shape='Tăng nhẹ chuyển hóa FDG', place='gan', state='Tăng ít', suv='không có:'), [('liver', '', 'uptake', None, None, 'increased')]),
     (dict(shape='Không có', place='đại tràng', state='Có tăng'), [('colon', '', 'uptake', None, None, 'increased')]),
     (dict(shape='Dày màng phổi', place='màng phổi thành sau phổi trái'), [('pleura', 'left', 'thickening', None, None, 'none')]),
+    (dict(shape='Dày màng phổi thành bên phổi trái, vôi hóa', place='màng phổi thành bên phổi trái'), [('pleura', 'left', 'thickening', None, None, 'none')]),
+    (dict(shape='Tổn thương dày tổ chức kẽ'), [('lung', 'left', 'opacity', None, None, 'none')]),
     (dict(shape='Hình ảnh hạch nách trái', place='Không có'), [('axillary_node', 'left', 'node', None, None, 'none')]),
     (dict(shape='Dải mờ', place='Thùy trên hai phổi'), [('lung', 'left', 'opacity', None, None, 'none'), ('lung', 'right', 'opacity', None, None, 'none')])])
 def test_an_entry_is_mapped(given, expected):
@@ -135,3 +137,16 @@ def test_the_benchmark_writes_numbers_only(tmp_path, capsys):
     assert made['comparisons']['parser, experts']['chest']['all']['lesions']['all']['f1']['value'] == 1
     run('--show')
     assert 'wvu' in capsys.readouterr().out and json.loads((tmp_path/'out.json').read_text()) == made
+
+# ---------------------------------------------------------------- real reports
+
+@pytest.mark.skipif(not REAL.exists(), reason='real reports (../shared/data/reports_vi) are not here')
+def test_real_reports_are_read_as_people_read_them():
+    texts, experts, model = benchmark.load(REAL)
+    both = lambda lists: zip(*((texts[i], lists[i]) for i in sorted(texts) if lists.get(i)))
+    chest, whole = agreement(*both(experts), scope=benchmark.SCOPES['chest'], n=50), agreement(*both(model), n=50)
+    assert chest['reports'] == 7 and chest['lesions']['type_site']['recall']['value'] > .85 and chest['findings']['site']['f1']['value'] > .8
+    assert whole['reports'] == 41 and whole['lesions']['type_site']['recall']['value'] > .85 and whole['findings']['type_site']['f1']['value'] > .73
+    assert whole['errors']['unmapped'] < .06*whole['counts']['lesions_there'] and chest['errors']['unmapped'] == 0
+    everyone = read_list([e for entries in experts.values() for e in entries])
+    assert len(everyone) == 99 and sum(bool(x.unmapped) for x in everyone) <= 2
