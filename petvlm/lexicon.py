@@ -95,14 +95,14 @@ VI = Lexicon(organs=_organs(VI_ORGANS),
     kinds=_kinds(calcification=r'vôi hóa', effusion=r'tràn dịch|\bdịch (?:khoang )?màng|dịch (?:tự do )?(?:ở |trong )?ổ bụng', cyst=r'(?<!phế\s)\bnang\b|\bkén\b', stone=r'\bsỏi\b',
                  lytic=r'(?:tiêu|hủy|khuyết|phá) xương|(?:tiêu|phá|khuyết) hủy', sclerotic=r'đặc xương|tăng đậm độ xương|đảo xương|xơ xương',
                  mass=r'\bkhối\b(?! (?:hạch|lượng))|đám mờ|đám tổn thương(?! (?:dạng )?(?:đông đặc|kính mờ))|\bu\b|t[ỉỷ] trọng (?:mô mềm|tổ chức)|dày (?:niêm mạc và )?thành', nodule=r'\bnốt\b|(?<!bệnh\s)\bnhân\b(?! tạo)|nụ cành|ch[ồổ]i cây|tree-in-bud|polyp', node=r'\bhạch\b(?! nền)',
-                 opacity=r'vùng mờ|dải (?:mờ|xơ|đặc)|kính mờ|mờ kính|đông đặc|dày (?:tổ chức|mô) kẽ|thâm nhiễm|(?:dạng|tổn thương) xơ', thickening=r'tổn thương dày|dày (?:không đều |nhẹ )?(?:màng|phúc mạc|miệng nối|vách|niêm mạc(?! (?:cuộn|xoang|hốc|mũi)))'),
+                 opacity=r'vùng mờ|dải (?:mờ|xơ|đặc)|kính mờ|mờ kính|đông đặc|dày (?:tổ chức|mô) kẽ|thâm nhiễm|(?:dạng|tổn thương) xơ', thickening=r'tổn thương dày(?! (?:tổ chức|mô) kẽ)|dày (?:không đều |nhẹ )?(?:màng|phúc mạc|miệng nối|vách|niêm mạc(?! (?:cuộn|xoang|hốc|mũi)))'),
     sides=_re(r'(?:hai|2) bên|\b(?:hai|2) (?=phổi|thận|nách|thùy|vú|đỉnh|đáy|trường|rốn|bẹn|xoang|cánh|tuyến)|\btrái\b|(?<!cần\s)\bphải\b|\([pt]\)|\bbên [pt]\b'), sides_first=False,
     hot=_re(rf'tăng{_HOW} {_TAKES}|tăng fdg|(?:ổ|điểm|vùng) bắt fdg|bắt fdg (?:mạnh|cao|nhiều|khu trú)'),
     cold=_re(rf'(?:không|giảm)(?: còn| có(?= tăng))?(?: tăng)?{_HOW} {_TAKES}|(?<=,\s)(?:không|chưa) (?:thấy|có|ghi nhận) (?:hình ảnh )?tăng{_HOW} {_TAKES}|không tăng fdg'),
     unassessed=_re(r'chưa đánh giá được chuyển hóa'), alone=_re(r'(?:không thấy|không có) (?:tổn thương|bất thường) tương ứng trên ct|ct không thấy tổn thương'),
     denied=_re(r'(?:không|chưa)(?: còn)? (?:thấy|có|phát hiện|ghi nhận|quan sát)|\bkhông (?:kèm )?(?=tràn dịch|vôi hóa|hạch|nốt|khối|sỏi|nang)'), normal=_re(r'sinh lý|bình thường|đã (?:được )?(?:phẫu thuật|cắt)|không còn (?:thấy|quan sát|phát hiện)(?! tăng)|đã biến mất|không to\b'),
     elsewhere=_re(rf'{_TOUCHES}[^,;.)]*|{_AT}'), reach=_re(rf'{_TOUCHES}[^;.)]*?{_TURN}|{_AT}'),
-    joint=_re(rf' và (?={_MANY}(?:hạch|nốt|nhân|khối|ổ|đám|dải|tăng|vôi hóa|mảng|tràn dịch|nang|sỏi|tổn thương)(?! lớn nhất))|, (?=hình ảnh|(?:vài|nhiều|một số|\d{{1,2}}) (?:hạch|nốt|nhân|khối|ổ|đám|dải|nang|sỏi)\b|(?:hạch|nốt|nhân|khối|dải|nang|sỏi|vôi hóa|tràn dịch)\b(?! (?:này|lớn nhất|to nhất|có kích thước lớn nhất)))|;(?![^()]{{0,80}}\))'),
+    joint=_re(rf' và (?={_MANY}(?:hạch|nốt|nhân|khối|ổ|đám|dải|tăng|vôi hóa|mảng|tràn dịch|nang|sỏi|tổn thương)(?! lớn nhất))|, (?=hình ảnh|(?:vài|nhiều|một số|\d{{1,2}}) (?:hạch|nốt|nhân|khối|ổ|đám|dải|nang|sỏi)\b|(?:hạch|nốt|nhân|khối|dải|nang|sỏi|tràn dịch)\b(?! (?:này|lớn nhất|to nhất|có kích thước lớn nhất)))|;(?![^()]{{0,80}}\))'),
     largest=_re(r'\s*(?:trong đó,? |với |và )?(?:các |những )?(?:khối |đám )?(?:hạch|nốt|nang|khối|đám|tổn thương|nhân|ổ|u|sỏi)\b(?: mờ| đặc| vôi hóa| trên)?(?: này\b| (?:này )?(?:có (?:kích thước |đường kính )?)?(?:lớn|to) nhất)'),
     impression=_re(r'(?:kết luận|nhận định kết quả)\s*:'), left=_re(r'trái|\bt\b'), right=_re(r'phải|\bp\b'),
     metabolic=re.compile(r'\bfdg|\bsuv|chuyển hóa|bắt xạ|tăng bắt|hấp thu|xạ hình|\bpet\b', re.I),
@@ -110,7 +110,7 @@ VI = Lexicon(organs=_organs(VI_ORGANS),
     remark=re.compile(r'(?:,| có)?\s*(?:(?:không|chưa) )?(?:tăng|giảm)(?: nhẹ| mạnh| vừa)*(?:, lan tỏa)? (?:chuyển hóa|bắt|hấp thu)(?: fdg)?(?: không đều| khu trú| lan tỏa| không đặc hiệu| tương ứng)*(?:\s*\(suv[^)]*\))?|\s*\(suv[^)]*\)|,?\s*chưa đánh giá được chuyển hóa', re.I),
     physiological=_re('sinh lý'), resumed=_re(r', (?=(?:không )?(?:tăng|giảm|bắt)|kích thước|đường kính|suv)'), contrast=_re(r',? ?(?:nhưng|tuy nhiên|ngoại trừ|ngoài ra)\b'),
     beside=_beside(r'(?:cạnh|sát|gần|quanh)(?: với)?(?: bờ (?:trái|phải))?', VI_ORGANS), following=_re(r'(?:thùy|cạnh|bên|bờ|phía) $'),
-    supposed=_re(r'(?:khả năng|nghi ngờ(?! xâm)|nghĩ (?:đến|tới)|có thể|phân biệt|tương ứng với)[^,;.)]*'), attribute=_re(r'(?:có|kèm|chứa|lẫn)(?: theo)? (?:(?:ổ|nốt|điểm|ít) )?vôi hóa|vôi hóa (?:bên trong|trung tâm)'),
+    supposed=_re(r'(?:khả năng|nghi ngờ(?! xâm)|nghĩ (?:đến|tới)|có thể|phân biệt|tương ứng với)[^,;.)]*'), attribute=_re(r'(?:có|kèm|chứa|lẫn)(?: theo)? (?:(?:ổ|nốt|điểm|ít) )?vôi hóa|, vôi hóa|vôi hóa (?:bên trong|trung tâm)'),
     generic=_re(r'tổn thương|\bđám\b'), advice=_re(r'\s*(?:[-+*•]\s*)?(?:cần|nên|đề nghị|đối chiếu|theo dõi|khuyến cáo|tiền sử|bệnh sử|lý do|chỉ định)\b'))
 
 # %% ../nbs/04b_lexicon.ipynb #6c5db857
@@ -225,7 +225,7 @@ def fits(kind: str, sites: Sequence[tuple[str, str]]) -> list[tuple[str, str, st
     station, organs = [s for s in sites if s[0].endswith('_node')], [s for s in sites if not s[0].endswith('_node')]
     if kind == 'node': sites = station or organs
     elif kind not in ('calcification', 'uptake'): sites = organs or station
-    if kind in ('effusion', 'thickening') and 'pleura' in dict(sites): sites = [s for s in sites if s[0] != 'lung']
+    if kind in ('effusion', 'thickening', 'calcification') and 'pleura' in dict(sites): sites = [s for s in sites if s[0] != 'lung']
     found = dict.fromkeys((*fit, side if ORGANS[fit[1]].sided else '') for organ, side in sites if (fit := _fit(kind, organ)))
     with_side = {o for _, o, side in found if side}
     return [f for f in found if f[2] or f[1] not in with_side]
