@@ -68,7 +68,8 @@ class Kind(NamedTuple):
 KINDS = MappingProxyType({
     'nodule': Kind('nốt', 'nodule'), 'mass': Kind('khối', 'mass'), 'node': Kind('hạch', 'lymph node'), 'uptake': Kind('tăng chuyển hóa khu trú', 'focal uptake'),
     'calcification': Kind('vôi hóa', 'calcification'), 'effusion': Kind('tràn dịch', 'effusion'), 'cyst': Kind('nang', 'cyst'), 'stone': Kind('sỏi', 'stone'),
-    'lytic': Kind('tiêu xương', 'lytic lesion'), 'sclerotic': Kind('đặc xương', 'sclerotic lesion')})
+    'lytic': Kind('tiêu xương', 'lytic lesion'), 'sclerotic': Kind('đặc xương', 'sclerotic lesion'),
+    'opacity': Kind('vùng mờ', 'opacity'), 'thickening': Kind('tổn thương dày', 'thickening')})      # in real reports only: ground glass, consolidation, bands; of pleura or wall
 UPTAKES = ('none', 'increased', 'unknown')
 
 # %% ../nbs/02_findings.ipynb #c193b711

@@ -4,7 +4,7 @@
 
 # %% ../nbs/31a_lesionfacts.ipynb #2df6e27c
 from __future__ import annotations
-import re, unicodedata
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,7 +164,7 @@ def _sentence_denials(t: str, stated: bool, lex: Lexicon, language: str, span) -
 def denials(text: str, language: str = 'vi') -> list[Denial]:
     "What a report denies or calls normal, site by site; a marked impression is passed over, as in `parse`. Conservative: a normal size or wall denies nothing, an unknown word neither, nor the uptake of something that is described. Raises `ReportError` for an unknown language."
     w = wording(language); lex = LEXICA[language]
-    low = _bare(unicodedata.normalize('NFC', text).lower(), lex, w)[0]
+    low = _bare(text, lex, w)[0]
     return [d for span, found in passages(text, language) for d in _sentence_denials(low[span[0]:span[1]], bool(found), lex, language, span)]
 
 # %% ../nbs/31a_lesionfacts.ipynb #71b2c869
@@ -229,7 +229,7 @@ def organ_errors(predicted_texts: Sequence[str], truth_findings: Sequence[Sequen
 def _text_counts(text: str, language: str) -> tuple[list[Finding], list[Denial], dict]:
     "Findings, denials, and how well the text could be read."
     read, no, lex = passages(text, language), denials(text, language), LEXICA[language]
-    low = _bare(unicodedata.normalize('NFC', text).lower(), lex, wording(language))[0]
+    low = _bare(text, lex, wording(language))[0]
     findings = [f for _, found in read for f in found]
     names = bool(lex.organs.search(low) or any(pattern.search(low) for _, pattern in lex.kinds))
     lost = lambda a, b: not sites_in(low[a:b], lex) or not any(pattern.search(low, a, b) for _, pattern in lex.kinds)       # a repetition is not lost

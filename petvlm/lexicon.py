@@ -12,24 +12,26 @@ from .findings import LANGUAGES, ORGANS, Finding
 from .wording import SILENT
 
 # %% auto #0
-__all__ = ['VI_ORGANS', 'EN_ORGANS', 'VI', 'EN', 'LEXICA', 'SIZE', 'SUV', 'NEAR', 'Lexicon', 'hide', 'numbers', 'sites_in',
-           'read_clause']
+__all__ = ['VI_ORGANS', 'EN_ORGANS', 'VI', 'EN', 'LEXICA', 'SIZE', 'SUV', 'PAST', 'HEADS', 'NEAR', 'Lexicon', 'hide', 'numbers',
+           'sites_in', 'kinds_in', 'kinds_of', 'fits', 'places', 'read_clause']
 
 # %% ../nbs/04b_lexicon.ipynb #b6070185
 VI_ORGANS = (
-    ('cervical_node', r'hạch cổ|góc hàm|cơ ức đòn chũm|dưới hàm|dưới cằm|nhóm (?:i{1,3}|iv|vi?)[ab]?\b|sau hầu|vùng cổ|hạch nhóm'), ('supraclavicular_node', r'(?:hạch )?(?:hố )?thượng đòn'),
-    ('axillary_node', r'(?:hạch )?(?:hố )?nách|dưới cơ ngực'), ('inguinal_node', r'(?:hạch )?(?:hố )?bẹn'), ('iliac_node', r'hạch chậu|chậu (?:chung|ngoài|trong)|hạch tiểu khung'),
-    ('hilar_node', r'(?:hạch )?rốn phổi'),
-    ('mediastinal_node', r'hạch trung thất|trung thất|khí quản|carina|quai động mạch chủ|cửa sổ chủ phổi|trước mạch máu|tâm hoành|cạnh (?:phía trước )?thực quản|phía trước thực quản'),
-    ('retroperitoneal_node', r'(?:hạch )?sau phúc mạc|động (?:tĩnh )?mạch chủ bụng'), ('mesenteric_node', r'(?:hạch )?mạc treo|cạnh đại tràng|quanh đại tràng|quanh trực tràng|bờ cong nhỏ|tâm vị'),
+    ('cervical_node', r'hạch (?:vùng )?cổ|góc hàm|cơ ức đòn chũm|dưới hàm|dưới cằm|nhóm (?:i{1,3}|iv|vi?)[ab]?\b|sau hầu(?! họng)|vùng cổ|hạch nhóm (?!\d)|(?:máng|bó mạch|bó|tĩnh mạch) cảnh|hạch gáy'),
+    ('supraclavicular_node', r'(?:hạch )?(?:hố )?(?:thượng|trên) đòn|nhóm 1[rl]\b'), ('axillary_node', r'(?:hạch )?(?:hố )?nách|dưới cơ ngực'), ('inguinal_node', r'(?:hạch )?(?:hố |vùng )?bẹn'),
+    ('iliac_node', r'hạch chậu|chậu (?:chung|ngoài|trong|gốc)|hạch tiểu khung|hố bịt'), ('hilar_node', r'(?:hạch )?rốn phổi|nhóm 1[0-4][rl]\b'),
+    ('pleura', r'màng phổi(?: trung thất)?'),
+    ('mediastinal_node', r'hạch trung thất|trung thất|khí(?: phế)? quản|carina|cựa|quai động mạch chủ|cửa sổ (?:chủ phổi|phế chủ)|trước mạch máu|tâm hoành|(?:cạnh|quanh|phía trước|phía sau) (?:phía trước )?thực quản|vú trong|nhóm (?:[2-9][rl]|[5-9])\b'),
+    ('retroperitoneal_node', r'(?:hạch )?sau phúc mạc|động (?:tĩnh )?mạch chủ bụng|(?:cạnh|quanh|dọc) (?:động )?mạch chủ (?:dưới|ngang)'), ('mesenteric_node', r'(?:hạch )?mạc treo|hạch (?:ở )?(?:rốn|cuống) gan|thân tạng'),
     ('nasopharynx', r'vòm (?:mũi )?họng|trần vòm|hố rosenm[uü]ller'), ('tonsil', r'ami[dđ]an|amydal(?:a)?|a-mi-đan'), ('pharynx', r'hạ họng|hầu họng|xoang lê'), ('sinus', r'xoang (?:hàm|sàng|trán|bướm)|cuộn mũi|xoang(?! lê)'),
-    ('thyroid', r'tuyến giáp|nhân giáp'), ('tongue', r'lưỡi(?! (?:trái|phải)? ?phổi)'), ('larynx', r'thanh quản|dây thanh'), ('jaw', r'xương hàm'), ('cervical_spine', r'cột sống cổ|đốt sống (?:cổ|c\d)'),
-    ('pericardium', r'màng (?:ngoài )?tim'), ('pleura', r'màng phổi'), ('colon', r'đại tràng(?: góc gan| góc lách)?|manh tràng'), ('lung', r'phổi|thùy lưỡi'), ('esophagus', r'thực quản'),
-    ('aorta', r'động mạch chủ'), ('rib', r'xương sườn|cung sườn'), ('thoracic_spine', r'cột sống ngực|đốt sống (?:ngực|d ?\d+|t\d+)'), ('sternum', r'xương ức|cán ức'), ('scapula', r'xương bả vai'), ('clavicle', r'xương đòn'),
-    ('chest_wall', r'thành ngực'), ('breast', r'\bvú'), ('heart', r'\btim\b'), ('liver', r'\bgan\b'), ('spleen', r'\blách'), ('gallbladder', r'túi mật'), ('pancreas', r'\btụy'), ('adrenal', r'(?:tuyến )?thượng thận'),
-    ('kidney', r'\bthận|đài bể thận'), ('rectum', r'trực tràng'), ('stomach', r'dạ dày'), ('bowel', r'ruột non|tá tràng|hỗng tràng|hồi tràng'), ('bladder', r'bàng quang'), ('uterus', r'tử cung'), ('ovary', r'buồng trứng'),
-    ('prostate', r'tiền liệt tuyến'), ('lumbar_spine', r'cột sống thắt lưng|đốt sống (?:thắt lưng|l\d)'), ('sacrum', r'xương cùng'), ('femur', r'xương đùi'), ('iliac_bone', r'xương chậu|cánh chậu|ụ ngồi|ổ cối'),
-    ('peritoneum', r'phúc mạc'), ('brain', r'\bnão|vùng (?:đỉnh|trán|thái dương|chẩm)'))
+    ('thyroid', r'tuyến giáp|nhân giáp'), ('tongue', r'lưỡi(?! (?:trái|phải)? ?phổi)'), ('larynx', r'thanh quản|dây thanh'), ('jaw', r'xương hàm'), ('cervical_spine', r'cột sống cổ|đốt sống (?:cổ|c\d)|c[1-7]\b'),
+    ('pericardium', r'màng (?:ngoài )?tim'), ('colon', r'đại tràng(?: góc gan| góc lách)?|manh tràng|sigma|hậu môn nhân tạo'), ('lung', r'phổi|thùy lưỡi|thùy (?:trên|giữa|dưới)(?! (?:tuyến|gan|não))|phế quản'),
+    ('esophagus', r'thực quản'), ('aorta', r'động mạch chủ'), ('rib', r'xương sườn|cung (?:trước |sau |bên )?sườn'), ('thoracic_spine', r'cột sống ngực|đốt sống (?:ngực|d ?\d+|t\d+)|d(?:1[0-2]|[1-9])\b'),
+    ('sternum', r'xương ức|cán ức'), ('scapula', r'xương bả vai'), ('clavicle', r'xương đòn'), ('chest_wall', r'thành ngực'), ('breast', r'vú'), ('heart', r'tim\b'), ('liver', r'gan\b'), ('spleen', r'lách'),
+    ('gallbladder', r'túi mật'), ('pancreas', r'tụy'), ('adrenal', r'(?:tuyến )?thượng thận'), ('kidney', r'thận|đài bể thận'), ('rectum', r'trực tràng|ống hậu môn'),
+    ('stomach', r'dạ dày|hang vị|môn vị|tâm vị|bờ cong (?:nhỏ|lớn)'), ('bowel', r'ruột non|quai ruột|ruột thừa|tá tràng|hỗng tràng|hồi tràng'), ('bladder', r'bàng quang'), ('uterus', r'tử cung'), ('ovary', r'buồng trứng|phần phụ'),
+    ('prostate', r'tiền liệt tuyến|tuyến tiền liệt'), ('lumbar_spine', r'cột sống thắt lưng|đốt sống (?:thắt lưng|l\d)|l[1-5]\b'), ('sacrum', r'xương cùng'), ('femur', r'xương đùi'),
+    ('iliac_bone', r'xương (?:cánh )?chậu|cánh chậu|ụ ngồi|ổ cối|xương mu\b'), ('peritoneum', r'phúc mạc|dịch (?:tự do )?(?:ở |trong )?ổ bụng'), ('brain', r'não|(?:vùng|thùy) (?:đỉnh|trán|thái dương|chẩm)'))
 
 # %% ../nbs/04b_lexicon.ipynb #39e55b56
 EN_ORGANS = tuple((key, pattern) for key, pattern in (
@@ -40,7 +42,7 @@ EN_ORGANS = tuple((key, pattern) for key, pattern in (
     ('gallbladder', r'gall ?bladder'), ('lung', r'lungs?\b|pulmonary'), ('brain', r'brain|cerebral'), ('colon', r'colon(?:ic)?\b'), ('aorta', r'aorta\b|aortic'), ('tonsil', r'tonsils?'), ('thyroid', r'thyroid(?: gland)?'), ('iliac_bone', r'iliac bone|ilium'),
 )) + tuple((key, re.escape(o.en)) for key, o in ORGANS.items() if not o.phantom or key.endswith('_spine'))
 
-# %% ../nbs/04b_lexicon.ipynb #00f9d6c1
+# %% ../nbs/04b_lexicon.ipynb #496e6004
 @dataclass(frozen=True)
 class Lexicon:
     "Compiled patterns of one language, to be used on lower-case text."
@@ -63,43 +65,79 @@ class Lexicon:
     metabolic: re.Pattern         # words that only PET can justify
     anatomic: re.Pattern          # words that only CT can justify
     remark: re.Pattern            # a remark on metabolism that can be taken out of a sentence about anatomy
+    physiological: re.Pattern     # discards a clause whatever numbers it holds
+    resumed: re.Pattern           # where a denial in mid-sentence ends and the lesion is spoken of again
+    contrast: re.Pattern          # 'but': ends a denial for good
+    reach: re.Pattern
+    beside: re.Pattern            # an organ named only to say what the lesion lies next to
+    following: re.Pattern         # words after which a side belongs to the organ that follows (*thùy trái tuyến giáp*)
+    supposed: re.Pattern
+    attribute: re.Pattern         # calcification as a trait of another lesion
+    generic: re.Pattern           # names a lesion without saying of what kind
+    advice: re.Pattern            # how a sentence begins that advises, or tells the history
 
-def _organs(table) -> re.Pattern: return re.compile('|'.join(f'(?P<{key}>{pattern})' for key, pattern in table))
-def _kinds(**table) -> tuple: return tuple((key, re.compile(pattern)) for key, pattern in table.items())
+def _re(pattern: str, flags: int = 0) -> re.Pattern: return re.compile(pattern.replace('\\ ', ' ').replace(' ?', r'\s*').replace(' ', r'\s+'), flags)
+def _organs(table) -> re.Pattern: return _re(r'(?<!\w)(?=\w)(?:' + '|'.join(f'(?P<{key}>{pattern})' for key, pattern in table) + ')')
+def _beside(words: str, table) -> re.Pattern: return _re(rf'(?<!\w)(?:{words}) (?:{"|".join(pattern for _, pattern in table)})')
+def _kinds(**table) -> tuple: return tuple((key, _re(pattern)) for key, pattern in table.items())
 
-# %% ../nbs/04b_lexicon.ipynb #87b65069
+# %% ../nbs/04b_lexicon.ipynb #bab693a6
+_MANY = r'(?:(?:một số|vài|nhiều|các|những|một|hai|ba|\d{1,2}) (?:đám |ổ |khối )?)?'
+_HOW = r'(?:(?:,? (?:rất|nhẹ|ít|vừa|mạnh|cao|rõ|rõ rệt|khu trú|lan tỏa|không đều|không đặc hiệu|bất thường)){0,3},?)'
+_TAKES = r'(?:chuyển hóa|bắt|hấp thu|ngấm|tập trung|hoạt (?:độ|tính))(?! thuốc)(?: (?:18f-|f-?18 ?-? ?)?fdg| phóng xạ)?'
+_TURN = r'(?=, (?:(?:không |chưa )?(?:tăng|giảm|bắt|thấy|có)|kích thước|đường kính|nghi|gây|suv|ở |hạch|nốt|khối|đoạn|với|kèm|khả năng|còn|mới|cần|nên|hoại tử|bờ)|[;.)(]|$)'
+_TOUCHES = r'(?:(?:nghi ngờ )?xâm lấn|dính (?:vào|với|sát)|lan (?:vào|tới|đến|xuống|lên|ra|sang)|gây (?:chít )?hẹp(?! lòng)|gây (?:chèn|đè|xẹp|tắc|giãn)|chèn ép|đẩy|ngang mức(?= (?:đốt|thân|[cdl] ?\d))|so với|cách|\bdo )'
+
+_AT = r'(?:dưới|sát|cạnh)(?: với)? (?:màng phổi|rãnh(?: liên thùy)?)'
+
+# %% ../nbs/04b_lexicon.ipynb #8ba35035
 VI = Lexicon(organs=_organs(VI_ORGANS),
-    kinds=_kinds(calcification=r'vôi hóa', effusion=r'tràn dịch', cyst=r'\bnang\b|\bkén\b', stone=r'\bsỏi\b', lytic=r'(?:tiêu|hủy) xương', sclerotic=r'đặc xương',
-                 mass=r'\bkhối\b|đám mờ|đám tổn thương|đám đông đặc|\bu\b|tỉ trọng (?:mô mềm|tổ chức)|tỷ trọng (?:mô mềm|tổ chức)|dày thành|đám kính mờ', nodule=r'\bnốt\b|\bnhân\b|nụ cành|chồi cây', node=r'\bhạch\b'),
-    sides=re.compile(r'hai bên|2 bên|\bhai (?=phổi|thận)|2 (?=phổi|thận)|\btrái\b|\bphải\b'), sides_first=False,
-    hot=re.compile(r'tăng (?:nhẹ |mạnh |vừa )?(?:, lan tỏa )?(?:chuyển hóa|bắt|hấp thu)(?: fdg)?|bắt fdg mạnh'), cold=re.compile(r'(?:không|giảm)(?: tăng)?(?: nhẹ)? (?:chuyển hóa|bắt|hấp thu) fdg'),
-    unassessed=re.compile(r'chưa đánh giá được chuyển hóa'), alone=re.compile(r'(?:không thấy|không có) (?:tổn thương|bất thường) tương ứng trên ct|ct không thấy tổn thương'),
-    denied=re.compile(r'(?:không|chưa) (?:thấy|có|phát hiện|ghi nhận)'), normal=re.compile(r'sinh lý|bình thường|đã (?:được )?phẫu thuật'),
-    elsewhere=re.compile(r'(?:(?:nghi ngờ )?xâm lấn|dính vào|lan (?:vào|tới|đến|xuống)|gây hẹp|đẩy|ngang mức|(?:cạnh|sát với|dưới) rãnh|so với|\bdo )[^,;.)]*'),
-    joint=re.compile(r' và (?=hạch|nốt|nhân|khối|ổ|tăng|vôi hóa|mảng|tràn dịch|nang|sỏi|tổn thương)|;(?![^()]*\))'), largest=re.compile(r'\s*(?:hạch|nốt|nang|khối|đám|tổn thương) (?:này )?lớn nhất'),
-    impression=re.compile(r'(?:kết luận|nhận định kết quả)\s*:'), left=re.compile('trái'), right=re.compile('phải'),
+    kinds=_kinds(calcification=r'vôi hóa', effusion=r'tràn dịch|\bdịch (?:khoang )?màng|dịch (?:tự do )?(?:ở |trong )?ổ bụng', cyst=r'(?<!phế\s)\bnang\b|\bkén\b', stone=r'\bsỏi\b',
+                 lytic=r'(?:tiêu|hủy|khuyết|phá) xương|(?:tiêu|phá|khuyết) hủy', sclerotic=r'đặc xương|tăng đậm độ xương|đảo xương|xơ xương',
+                 mass=r'\bkhối\b(?! (?:hạch|lượng))|đám mờ|đám tổn thương(?! (?:dạng )?(?:đông đặc|kính mờ))|\bu\b|t[ỉỷ] trọng (?:mô mềm|tổ chức)|dày (?:niêm mạc và )?thành', nodule=r'\bnốt\b|(?<!bệnh\s)\bnhân\b(?! tạo)|nụ cành|ch[ồổ]i cây|tree-in-bud|polyp', node=r'\bhạch\b(?! nền)',
+                 opacity=r'vùng mờ|dải (?:mờ|xơ|đặc)|kính mờ|mờ kính|đông đặc|dày (?:tổ chức|mô) kẽ|thâm nhiễm|(?:dạng|tổn thương) xơ', thickening=r'tổn thương dày(?! (?:tổ chức|mô) kẽ)|dày (?:không đều |nhẹ )?(?:màng|phúc mạc|miệng nối|vách|niêm mạc(?! (?:cuộn|xoang|hốc|mũi)))'),
+    sides=_re(r'(?:hai|2) bên|\b(?:hai|2) (?=phổi|thận|nách|thùy|vú|đỉnh|đáy|trường|rốn|bẹn|xoang|cánh|tuyến)|\btrái\b|(?<!cần\s)\bphải\b|\([pt]\)|\bbên [pt]\b'), sides_first=False,
+    hot=_re(rf'tăng{_HOW} {_TAKES}|tăng fdg|(?:ổ|điểm|vùng) bắt fdg|bắt fdg (?:mạnh|cao|nhiều|khu trú)'),
+    cold=_re(rf'(?:không|giảm)(?: còn| có(?= tăng))?(?: tăng)?{_HOW} {_TAKES}|(?<=,\s)(?:không|chưa) (?:thấy|có|ghi nhận) (?:hình ảnh )?tăng{_HOW} {_TAKES}|không tăng fdg'),
+    unassessed=_re(r'chưa đánh giá được chuyển hóa'), alone=_re(r'(?:không thấy|không có) (?:tổn thương|bất thường) tương ứng trên ct|ct không thấy tổn thương'),
+    denied=_re(r'(?:không|chưa)(?: còn)? (?:thấy|có|phát hiện|ghi nhận|quan sát)|\bkhông (?:kèm )?(?=tràn dịch|vôi hóa|hạch|nốt|khối|sỏi|nang)'), normal=_re(r'sinh lý|bình thường|đã (?:được )?(?:phẫu thuật|cắt)|không còn (?:thấy|quan sát|phát hiện)(?! tăng)|đã biến mất|không to\b'),
+    elsewhere=_re(rf'{_TOUCHES}[^,;.)]*|{_AT}'), reach=_re(rf'{_TOUCHES}[^;.)]*?{_TURN}|{_AT}'),
+    joint=_re(rf' và (?={_MANY}(?:hạch|nốt|nhân|khối|ổ|đám|dải|tăng|vôi hóa|mảng|tràn dịch|nang|sỏi|tổn thương)(?! lớn nhất))|, (?=hình ảnh|(?:vài|nhiều|một số|\d{{1,2}}) (?:hạch|nốt|nhân|khối|ổ|đám|dải|nang|sỏi)\b|(?:hạch|nốt|nhân|khối|dải|nang|sỏi|tràn dịch)\b(?! (?:này|lớn nhất|to nhất|có kích thước lớn nhất)))|;(?![^()]{{0,80}}\))'),
+    largest=_re(r'\s*(?:trong đó,? |với |và )?(?:các |những )?(?:khối |đám )?(?:hạch|nốt|nang|khối|đám|tổn thương|nhân|ổ|u|sỏi)\b(?: mờ| đặc| vôi hóa| trên)?(?: này\b| (?:này )?(?:có (?:kích thước |đường kính )?)?(?:lớn|to) nhất)'),
+    impression=_re(r'(?:kết luận|nhận định kết quả)\s*:'), left=_re(r'trái|\bt\b'), right=_re(r'phải|\bp\b'),
     metabolic=re.compile(r'\bfdg|\bsuv|chuyển hóa|bắt xạ|tăng bắt|hấp thu|xạ hình|\bpet\b', re.I),
     anatomic=re.compile(r'\d\s*(?:mm|cm)\b|kích thước|đường kính|bề dày|lớp dịch|t[ỉỷ] trọng|vôi hóa|tràn dịch|\bdịch\b|\bnang\b|\bsỏi\b|(?:tiêu|hủy|đặc) xương|\bnốt\b|\bkhối\b|\bto\b|\bdày\b|\bct\b', re.I),
-    remark=re.compile(r'(?:,| có)?\s*(?:(?:không|chưa) )?(?:tăng|giảm)(?: nhẹ| mạnh| vừa)*(?:, lan tỏa)? (?:chuyển hóa|bắt|hấp thu)(?: fdg)?(?: không đều| khu trú| lan tỏa| không đặc hiệu| tương ứng)*(?:\s*\(suv[^)]*\))?|\s*\(suv[^)]*\)|,?\s*chưa đánh giá được chuyển hóa', re.I))
+    remark=re.compile(r'(?:,| có)?\s*(?:(?:không|chưa) )?(?:tăng|giảm)(?: nhẹ| mạnh| vừa)*(?:, lan tỏa)? (?:chuyển hóa|bắt|hấp thu)(?: fdg)?(?: không đều| khu trú| lan tỏa| không đặc hiệu| tương ứng)*(?:\s*\(suv[^)]*\))?|\s*\(suv[^)]*\)|,?\s*chưa đánh giá được chuyển hóa', re.I),
+    physiological=_re('sinh lý'), resumed=_re(r', (?=(?:không )?(?:tăng|giảm|bắt)|kích thước|đường kính|suv)'), contrast=_re(r',? ?(?:nhưng|tuy nhiên|ngoại trừ|ngoài ra)\b'),
+    beside=_beside(r'(?:cạnh|sát|gần|quanh)(?: với)?(?: bờ (?:trái|phải))?', VI_ORGANS), following=_re(r'(?:thùy|cạnh|bên|bờ|phía) $'),
+    supposed=_re(r'(?:khả năng|nghi ngờ(?! xâm)|nghĩ (?:đến|tới)|có thể|phân biệt|tương ứng với)[^,;.)]*'), attribute=_re(r'(?:có|kèm|chứa|lẫn)(?: theo)? (?:(?:ổ|nốt|điểm|ít) )?vôi hóa|, vôi hóa|vôi hóa (?:bên trong|trung tâm)'),
+    generic=_re(r'tổn thương|\bđám\b'), advice=_re(r'\s*(?:[-+*•]\s*)?(?:cần|nên|đề nghị|đối chiếu|theo dõi|khuyến cáo|tiền sử|bệnh sử|lý do|chỉ định)\b'))
 
-# %% ../nbs/04b_lexicon.ipynb #8c52b335
+# %% ../nbs/04b_lexicon.ipynb #6c5db857
 EN = Lexicon(organs=_organs(EN_ORGANS),
-    kinds=_kinds(calcification=r'calcif', effusion=r'effusion', cyst=r'\bcyst', stone=r'\bstone|calcul', lytic=r'lytic', sclerotic=r'sclero', mass=r'\bmass|tumou?r', nodule=r'nodul', node=r'\bnodes?\b|lymphadenopathy'),
-    sides=re.compile(r'\bboth\b|bilateral|\bleft\b|\bright\b'), sides_first=True,
-    hot=re.compile(r'(?:increased|focal|intense|focus of(?: increased)?)(?: fdg)? uptake|hypermetabolic|fdg[- ]avid|hot spot'),
-    cold=re.compile(r'(?:without|no) (?:abnormal |increased |significant )?(?:fdg )?uptake|not (?:hypermetabolic|fdg[- ]avid)|non-?avid'), unassessed=re.compile('metabolism not assessed'),
-    alone=re.compile(r'without ct correlate|no correlate on ct|ct is unremarkable there'), denied=re.compile(r'\bno\b|without|free of|\babsence of'),
-    normal=re.compile(r'physiological|unremarkable|\bnormal\b|not (?:enlarged|thickened)|free of|\bclear\b|homogeneous'), elsewhere=re.compile(r'(?:invading|adherent to|extending into|compressing|abutting)[^,;.]*'),
-    joint=re.compile(r' and (?=an? )|;(?![^()]*\))'), largest=re.compile(r'\s*the largest'), impression=re.compile(r'impression\s*:|conclusion\s*:'), left=re.compile('left'), right=re.compile('right'),
+    kinds=_kinds(calcification=r'calcif', effusion=r'effusion|\bascites', cyst=r'\bcyst', stone=r'\bstone|calcul', lytic=r'lytic', sclerotic=r'sclero', mass=r'\bmass|tumou?r', nodule=r'nodul', node=r'\bnodes?\b|lymphadenopathy',
+                 opacity=r'opacit|opacification|ground[- ]glass|consolidation|\bbands?\b|infiltrat', thickening=r'thicken'),
+    sides=_re(r'\bboth\b|bilateral|\bleft\b|\bright\b'), sides_first=True,
+    hot=_re(r'(?:increased|focal|intense|focus of(?: increased)?)(?: fdg)? uptake|hypermetabolic|fdg[- ]avid|hot spot'),
+    cold=_re(r'(?:without|no) (?:abnormal |increased |significant )?(?:fdg )?uptake|not (?:hypermetabolic|fdg[- ]avid)|non-?avid'), unassessed=_re('metabolism not assessed'),
+    alone=_re(r'without ct correlate|no correlate on ct|ct is unremarkable there'), denied=_re(r'\bno\b|without|free of|\babsence of'),
+    normal=_re(r'physiological|unremarkable|\bnormal\b|not (?:enlarged|thickened)|free of|\bclear\b|homogeneous|no longer (?:seen|visible|present)|(?:has|have) resolved'), elsewhere=_re(r'(?:invading|adherent to|extending into|compressing|abutting)[^,;.]*'),
+    joint=_re(r' and (?=an? )|;(?![^()]{0,80}\))'), largest=_re(r'\s*the largest'), impression=_re(r'(?:impression|conclusion)\s*:'), left=_re('left'), right=_re('right'),
     metabolic=re.compile(r'\bfdg|\bsuv|uptake|metaboli|\bavid|hot spot|\bpet\b', re.I),
     anatomic=re.compile(r'\d\s*(?:mm|cm)\b|\bsize|density|calcif|effusion|fluid|\bcyst|stone|calcul|lytic|sclero|nodul|\bmass|opacity|enlarge|thicken|\bct\b', re.I),
-    remark=re.compile(r',?\s*(?:with(?:out)?|no|mildly) (?:abnormal |increased |significant )*(?:fdg )?uptake(?:\s*\(suv[^)]*\))?|,?\s*(?:not )?(?:hypermetabolic|fdg[- ]avid)(?:\s*\(suv[^)]*\))?|\s*\(suv[^)]*\)|,?\s*metabolism not assessed', re.I))
+    remark=re.compile(r',?\s*(?:with(?:out)?|no|mildly) (?:abnormal |increased |significant )*(?:fdg )?uptake(?:\s*\(suv[^)]*\))?|,?\s*(?:not )?(?:hypermetabolic|fdg[- ]avid)(?:\s*\(suv[^)]*\))?|\s*\(suv[^)]*\)|,?\s*metabolism not assessed', re.I),
+    physiological=_re('physiological'), resumed=_re(r', (?=hypermetabolic|fdg|not |non|with |measuring|suv)'), contrast=_re(r',? ?\b(?:but|however|except(?: for)?)\b'),
+    reach=_re(r'(?:invading|adherent to|extending into|compressing|abutting)[^,;.]*(?:(?:, (?:the )?\w+){1,3},? and [^,;.]*)?'), beside=_beside(r'(?:next to|adjacent to|near|beside)(?: the)?', EN_ORGANS), following=_re(r'(?!)'),
+    supposed=_re(r'(?:suspicious for|probably|possibly|likely|consistent with|suggestive of)[^,;.)]*'), attribute=_re(r'(?:with|containing) (?:\w+ )?calcif\w*'),
+    generic=_re(r'\blesions?\b'), advice=_re(r'\s*(?:[-+*•]\s*)?(?:correlat|recommend|advis|suggest|history|indication|follow-up)'))
 
 LEXICA = MappingProxyType({'vi': VI, 'en': EN})
 
 # %% ../nbs/04b_lexicon.ipynb #b87e634e
-SIZE = re.compile(r'(\d+(?:[.,]\d+)?)\s*(?:x\s*(\d+(?:[.,]\d+)?)\s*)?(mm|cm)\b')
-SUV = re.compile(r'suv\s*max\s*[:;=]?\s*(\d+(?:[.,]\d+)?)')
+_N = r'(?<![\d.,])(\d{1,4}(?:[.,]\d{1,2})?)'
+SIZE = re.compile(rf'{_N}(?:\s{{0,9}}(?:mm|cm)?\s{{0,9}}[x×*]\s{{0,9}}{_N})?(?:\s{{0,9}}(?:mm|cm)?\s{{0,9}}[x×*]\s{{0,9}}{_N})?\s{{0,9}}(mm|cm)\b')
+SUV = re.compile(rf'suv(?:\s?bw)?[\s_-]{{0,9}}(?:max|tối\s+đa|lớn\s+nhất|(?=\s{{0,9}}(?:of|là|[:;=])?\s{{0,9}}\d))\s{{0,9}}[:;=.]?[^\d.,;()]{{0,40}}{_N}(?!\d|\s?/\s?\d{{4}}|\s{{0,9}}(?:mm|cm|%))(?:\s{{0,9}}(?:-|–|đến|to|và)\s{{0,9}}{_N}(?!\d|\s{{0,9}}(?:mm|cm|%|/|x)))?')
+PAST = re.compile(r'(?:so\s+với|trước\s+đây|trước\s+đó|lần\s+(?:chụp\s+)?trước|phim\s+cũ|compared|previously|formerly)[^,;()]{0,80}(?:\((?![^)]{0,40}suv)[^)]{0,40}\))?|(?:từ|from)\s+\d[\d.,]{0,6}(?:\s{0,9}(?:mm|cm))?(?=\s+(?:xuống|lên|còn|thành|to\s+\d))')
 
 def hide(text: str, pattern: re.Pattern) -> str:
     "`text` with every match of `pattern` blotted out; no character moves."
@@ -108,58 +146,120 @@ def hide(text: str, pattern: re.Pattern) -> str:
 def _float(text: str) -> float: return float(text.replace(',', '.'))
 
 def numbers(t: str) -> tuple[float | None, float | None]:
-    "Longest size in mm and SUVmax named in lower-case `t`."
+    "Longest axis in mm and SUVmax named first in lower-case `t`; what an earlier scan showed is passed over, the upper end of a range counts."
+    t = hide(t, PAST)
     size, suv = SIZE.search(t), SUV.search(t)
-    mm = max(_float(x) for x in size.groups()[:2] if x)*(10 if size[3] == 'cm' else 1) if size else None
-    return mm, _float(suv[1]) if suv else None
+    mm = max(_float(x) for x in size.groups()[:3] if x)*(10 if size[4] == 'cm' else 1) if size else None
+    return mm, max(_float(x) for x in suv.groups() if x) if suv else None
 
 # %% ../nbs/04b_lexicon.ipynb #33dcda4f
+_STOP = re.compile(r'[,;()]')
+
+def _events(t: str, lex: Lexicon) -> list[tuple[int, int, str | None, tuple[str, ...]]]:
+    "`(start, end, organ, sides)` of every organ and every side named, in order; an organ has no sides, a side no organ."
+    organs = [(m.start(), m.end(), m.lastgroup, ()) for m in lex.organs.finditer(t)]
+    return sorted(organs + [(m.start(), m.end(), None, _side(m.group(), lex)) for m in lex.sides.finditer(t)], key=lambda e: e[0])
+
+def _forward(t: str, side, after, lex: Lexicon) -> bool:
+    "Whether a side stands between *thùy*, *cạnh* or *bên* and an organ, and so belongs to that organ: for *bên* only if the organ has none (*bên trái khí quản*, but *rốn phổi bên trái*)."
+    if after is None or after[2] is None or not t[side[1]:after[0]].isspace(): return False
+    m = lex.following.search(t[max(0, side[0] - 6):side[0]])
+    return bool(m) and (not m.group().startswith(('bên', 'phía')) or not ORGANS[after[2]].sided)
+
 def sites_in(t: str, lex: Lexicon) -> list[tuple[str, str]]:
-    "Organs and sides named in a clause, in order; both sides become two sites."
-    events = sorted([(m.start(), m.lastgroup, None) for m in lex.organs.finditer(t)] + [(m.start(), None, _side(m.group(), lex)) for m in lex.sides.finditer(t)], key=lambda e: e[0])
-    out, open_, carried = [], [], ()
-    for _, organ, sides in events:
+    "Organs and sides named in a clause, in order; both sides become two sites, and an organ named with a side is not also named without."
+    events, out, open_, carried, since = _events(t, lex), [], [], (), 0
+    for k, (start, end, organ, sides) in enumerate(events):
         if organ is None:
-            for i in open_: out[i] = (out[i][0], sides)
-            carried, open_ = (() if open_ else sides), []
+            forward = _forward(t, events[k], events[k + 1] if k + 1 < len(events) else None, lex)
+            for i in [] if forward else open_: out[i] = (out[i][0], sides)
+            carried, open_, since = (() if open_ and not forward else sides), (open_ if forward else []), end
         else:
+            if carried and not lex.sides_first and _STOP.search(t, since, start): carried = ()
             sided = ORGANS[organ].sided
             if sided and not carried and not lex.sides_first: open_.append(len(out))
             out.append((organ, (carried or ('',)) if sided else ('',))); carried = ()
-    return list(dict.fromkeys((o, s) for o, sides in out for s in sides))
+    sites = dict.fromkeys((o, s) for o, sides in out for s in sides)
+    with_side = {o for o, s in sites if s}
+    return [(o, s) for o, s in sites if s or o not in with_side]
 
 def _side(word: str, lex: Lexicon) -> tuple[str, ...]: return ('left',) if lex.left.search(word) else ('right',) if lex.right.search(word) else ('left', 'right')
 
-# %% ../nbs/04b_lexicon.ipynb #1b912e61
-NEAR = {'colon': 'mesenteric_node', 'rectum': 'mesenteric_node', 'stomach': 'mesenteric_node', 'bowel': 'mesenteric_node', 'peritoneum': 'mesenteric_node',
-        'esophagus': 'mediastinal_node', 'aorta': 'mediastinal_node', 'pericardium': 'mediastinal_node', 'lung': 'hilar_node', 'thyroid': 'cervical_node', 'breast': 'axillary_node'}
+# %% ../nbs/04b_lexicon.ipynb #24de1b5a
+HEADS = ('mass', 'nodule', 'node', 'opacity', 'thickening')
+_JOINED = re.compile(r'(?:\s+[^\W\d_]+){0,3}\s*,?\s+(?:và|and|with)\s+(?:[^\W\d_]+\s+){0,2}')
 
-def _kind(t: str, hot: bool, lex: Lexicon) -> str | None:
-    found = next((k for k, pattern in lex.kinds if pattern.search(t)), None)
-    return found or ('uptake' if hot else None)
+def kinds_in(t: str, lex: Lexicon) -> tuple[str, ...]:
+    "The kinds of lesion that a clause names; more than one only where nouns are joined before any place is named."
+    nouns = lambda text: sorted((m.start(), m.end(), k) for k, pattern in lex.kinds if k in HEADS and (m := pattern.search(text)))
+    plain = hide(t, lex.attribute)
+    heads = nouns(plain)
+    if not heads: plain, heads = t, nouns(t)                   # 'phổi trái có nốt vôi hóa': no trait, but the finding
+    found = next((k for k, pattern in lex.kinds if k not in HEADS and pattern.search(plain)), None)
+    if found or not heads: return (found,) if found else ()
+    (_, end, first), *rest = heads
+    joined = next((k for start, _, k in rest if start - end < 60 and _JOINED.fullmatch(t, end, start) and not lex.organs.search(t, end, start)), None)
+    return (first, joined) if joined else (first,)
+
+def kinds_of(t: str, hot: bool, sized: bool, lex: Lexicon) -> tuple[str, ...]:
+    "Kinds named, sooner than supposed; a lesion of no named kind is a mass where a size is given; uptake where nothing else is said."
+    return kinds_in(hide(t, lex.supposed), lex) or kinds_in(t, lex) or (('mass',) if sized and lex.generic.search(t) else ()) or (('uptake',) if hot else ())
 
 def _uptake(kind: str, hot, cold, unassessed) -> str:
     if kind == 'uptake' or hot: return 'increased'
     return 'none' if cold or (kind in SILENT and not unassessed) else 'unknown'
 
-# %% ../nbs/04b_lexicon.ipynb #f349615a
+# %% ../nbs/04b_lexicon.ipynb #e302811c
+NEAR = {**dict.fromkeys(('colon', 'rectum', 'stomach', 'bowel', 'peritoneum', 'liver', 'spleen', 'pancreas', 'gallbladder'), 'mesenteric_node'), **dict.fromkeys(('esophagus', 'aorta', 'pericardium', 'heart', 'sternum'), 'mediastinal_node'),
+        **dict.fromkeys(('thyroid', 'larynx', 'pharynx', 'tongue', 'tonsil', 'nasopharynx', 'jaw'), 'cervical_node'), **dict.fromkeys(('bladder', 'uterus', 'ovary', 'prostate', 'iliac_bone'), 'iliac_node'),
+        'lung': 'hilar_node', 'breast': 'axillary_node', 'kidney': 'retroperitoneal_node', 'adrenal': 'retroperitoneal_node'}
+
 def _fit(kind: str, organ: str) -> tuple[str, str] | None:
-    "The kind and organ that a clause means together: whatever lies in a node station is a node; a node beside an organ is of that organ's station."
-    if organ.endswith('_node'): return (kind if kind in ('calcification', 'uptake') else 'node'), organ
+    "The kind and organ that a clause means together: whatever lies in a node station is a node, but for what cannot be one."
+    if organ.endswith('_node'): return None if kind in ('opacity', 'thickening') else (kind if kind in ('calcification', 'uptake') else 'node', organ)
     if kind != 'node': return kind, organ
     return ('node', NEAR[organ]) if organ in NEAR else None
+
+def fits(kind: str, sites: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    "`(kind, organ, side)` of a lesion that is named with these organs and sides."
+    station, organs = [s for s in sites if s[0].endswith('_node')], [s for s in sites if not s[0].endswith('_node')]
+    if kind == 'node': sites = station or organs
+    elif kind not in ('calcification', 'uptake'): sites = organs or station
+    if kind in ('effusion', 'thickening', 'calcification') and 'pleura' in dict(sites): sites = [s for s in sites if s[0] != 'lung']
+    found = dict.fromkeys((*fit, side if ORGANS[fit[1]].sided else '') for organ, side in sites if (fit := _fit(kind, organ)))
+    with_side = {o for _, o, side in found if side}
+    return [f for f in found if f[2] or f[1] not in with_side]
+
+# %% ../nbs/04b_lexicon.ipynb #3cc5c05b
+def _granted(t: str, lex: Lexicon) -> str:
+    "The clause without what it denies."
+    kept, at = [], 0
+    while m := lex.denied.search(t, at):
+        before = t[at:m.start()]
+        if at == 0 and not (SIZE.search(before) or lex.hot.search(before)):
+            if not kinds_in(before, lex): return before
+            if not before.rstrip().endswith(',') and not kinds_in(t[m.end():], lex): return ''        # 'hạch nách: không thấy'
+        kept.append(before)
+        again = lex.resumed.search(t, m.end())
+        if not again: return ''.join(kept)
+        kept.append('_'*(again.start() - m.start())); at = again.start()
+    return ''.join(kept) + t[at:]
+
+def places(t: str, lex: Lexicon, node: bool) -> list[tuple[str, str]]:
+    "Where the lesion of a clause lies: read without what it touches and, but for nodes, without what it lies beside, as far as a place remains."
+    said = hide(t, lex.supposed)
+    near = hide(said, lex.reach)
+    tries = (near if node else hide(near, lex.beside), near, hide(said, lex.elsewhere), hide(t, lex.elsewhere))
+    return next((found for text in dict.fromkeys(tries) if (found := sites_in(text, lex))), [])
 
 def read_clause(clause: str, lex: Lexicon, sites: Sequence[tuple[str, str]]) -> tuple[list[Finding], list[tuple[str, str]]]:
     "Findings of one lower-case clause, and the sites it speaks of; `sites` are those of the clause before."
     alone, cold, unassessed = (p.search(clause) for p in (lex.alone, lex.cold, lex.unassessed))
     t = clause
     for pattern in (lex.alone, lex.cold, lex.unassessed): t = hide(t, pattern)
-    if lex.normal.search(t): return [], []
-    t = lex.denied.split(t)[0]
-    here = sites_in(hide(t, lex.elsewhere), lex) or list(sites)
-    hot = lex.hot.search(t)
-    kind = 'uptake' if alone else _kind(t, bool(hot), lex)
-    if kind is None: return [], here
-    fits = dict.fromkeys((*fit, side if ORGANS[fit[1]].sided else '') for organ, side in here if (fit := _fit(kind, organ)))
-    size, suv = numbers(t)
-    return [Finding(o, s, k, size, suv, _uptake(k, hot, cold, unassessed)) for k, o, s in fits], here
+    if lex.physiological.search(t) or (lex.normal.search(t) and not (cold or SIZE.search(t) or lex.hot.search(t))): return [], []
+    t = _granted(t, lex)
+    hot, (size, suv) = bool(lex.hot.search(t)), numbers(t)
+    kinds = ('uptake',) if alone else kinds_of(t, hot, size is not None, lex)
+    here = places(t, lex, 'node' in kinds) or list(sites)
+    return [Finding(o, s, k, size, suv, _uptake(k, hot, cold, unassessed)) for kind in kinds for k, o, s in fits(kind, here)], here

@@ -84,7 +84,8 @@ def closed_answer(q: Mapping) -> str:
 
 # %% ../nbs/05h_m3dvqa.ipynb #ff469acd
 ALSO = MappingProxyType({'nodule': {'mass', 'node', 'cyst'}, 'mass': {'nodule', 'node'}, 'node': {'nodule', 'mass'}, 'calcification': {'nodule', 'node', 'stone', 'sclerotic'}, 'effusion': {'cyst'},
-                         'cyst': {'nodule', 'lytic'}, 'stone': {'calcification', 'nodule'}, 'lytic': {'mass', 'nodule', 'cyst'}, 'sclerotic': {'calcification', 'nodule', 'mass'}})
+                         'cyst': {'nodule', 'lytic'}, 'stone': {'calcification', 'nodule'}, 'lytic': {'mass', 'nodule', 'cyst'}, 'sclerotic': {'calcification', 'nodule', 'mass'},
+                         'opacity': {'nodule', 'mass'}, 'thickening': {'mass'}})
 AROUND = MappingProxyType({'lung': {'pleura'}, 'pleura': {'lung'}})
 CM3 = 30.       # mm: from here on a lung nodule is a mass (Fleischner Society's glossary)
 

@@ -4,13 +4,13 @@
 
 # %% ../nbs/05_reports.ipynb #00b1a105
 from __future__ import annotations
-import dataclasses, re, unicodedata
+import dataclasses, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np
 from .findings import KINDS, ORGANS, REGIONS, Finding
-from .lexicon import LEXICA, SIZE, Lexicon, hide, numbers, read_clause, sites_in
-from .wording import NORMAL, SILENT, ReportError, Wording, finding_name, number, pick, site_name, wording
+from .lexicon import LEXICA, SIZE, SUV, Lexicon, hide, kinds_in, numbers, read_clause, sites_in
+from .wording import NORMAL, SILENT, ReportError, Wording, finding_name, number, pick, plain, site_name, wording
 
 # %% auto #0
 __all__ = ['NOTHING', 'REQUESTS', 'Report', 'rounded', 'placed', 'capital', 'sentence_of', 'impression', 'write_report',
@@ -162,70 +162,101 @@ def full_report(reports: Mapping[str, Report]) -> Report:
     ends = ' '.join(capital(r.impression) for r in parts if r.impression)
     return Report(f'{text} {w.mark} {ends}' if ends else text, tuple(findings), 'whole', lang)
 
-# %% ../nbs/05_reports.ipynb #7f18b83a
-_END = re.compile(r'[.!?](?=\s|$)|(?<=\))\s+(?=hình ảnh)|\n+')
+# %% ../nbs/05_reports.ipynb #80c43469
+_BEFORE = ''.join(f'(?<!{w})' for w in ('hiện', 'với', 'thấy', 'có', 'là', 'nhận', 'trên', 'của', 'theo', 'và', 'các', 'bằng', 'qua', r'[._!?,:;(\s]'))
+_END = re.compile(r'[.!?](?=\s|$)|\.(?=(?:hình ảnh|không|chưa|các|nốt|hạch|khối)\b)|(?<=\))\s+(?=hình\s+ảnh)|(?=\s)' + _BEFORE + r'\s+(?=hình\s+ảnh\b)|\n+')
 
-def _pieces(text: str, cut: re.Pattern) -> list[tuple[int, int]]:
-    "Spans of `text` between the matches of `cut`, the blotted-out ones left out."
-    ends = [(m.start(), m.end()) for m in cut.finditer(text)]
-    starts = [0] + [e for _, e in ends]
-    return [(a, b) for a, b in zip(starts, [s for s, _ in ends] + [len(text)]) if text[a:b].strip(' .,;_')]
+def _pieces(text: str, cut: re.Pattern, a: int = 0, b: int | None = None) -> list[tuple[int, int]]:
+    "Spans of `text[a:b]` between the matches of `cut`, the blotted-out ones left out."
+    b = len(text) if b is None else b
+    ends = [(m.start(), m.end()) for m in cut.finditer(text, a, b)]
+    starts = [a] + [e for _, e in ends]
+    return [(a, b) for a, b in zip(starts, [s for s, _ in ends] + [b]) if text[a:b].strip(' .,;_')]
 
 # %% ../nbs/05_reports.ipynb #342b168a
+def _apart(sentence: str, one: tuple[int, int], other: tuple[int, int], lex: Lexicon) -> bool:
+    "Whether two clauses speak of different things at places of their own (*nang gan và sỏi thận*)."
+    a, b = sentence[slice(*one)], sentence[slice(*other)]
+    kinds = kinds_in(a, lex), kinds_in(b, lex)
+    return all(kinds) and kinds[0] != kinds[1] and not lex.denied.search(a) and bool(sites_in(a, lex)) and bool(sites_in(b, lex))
+
 def _clauses(sentence: str, lex: Lexicon) -> list[tuple[int, int]]:
-    "Spans of the clauses. A clause that states neither size nor uptake is only the beginning of the next (*hạch nách và hạch bẹn hai bên, không tăng ...*)."
+    "Spans of the clauses. A clause that states neither size nor uptake is only the beginning of the next (*hạch nách và hạch bẹn hai bên, không tăng ...*), unless the two are `_apart`; a denial goes on until a 'but'."
     out: list[tuple[int, int]] = []
-    whole = lambda a, b: any(p.search(sentence, a, b) for p in (SIZE, lex.hot, lex.cold))
-    for a, b in _pieces(sentence, lex.joint):
-        if out and not whole(*out[-1]): a = out.pop()[0]
-        out.append((a, b))
+    for start, end in _pieces(sentence, lex.contrast):
+        last, denies = None, False                                   # the piece before, where it is only a beginning
+        for a, b in _pieces(sentence, lex.joint, start, end):
+            if last and (denies or not _apart(sentence, last, (a, b), lex)): out[-1] = out[-1][0], b
+            else: out.append((a, b)); denies = False
+            denies = denies or bool(lex.denied.search(sentence, a, b))
+            last = None if any(p.search(sentence, a, b) for p in (SIZE, lex.hot, lex.cold)) else (a, b)
     return out
 
 def _enrich(found: list[Finding], sentence: str, lex: Lexicon) -> list[Finding]:
     "The findings of the sentence before, with what this sentence says about the largest of them."
-    (size, suv), sites = numbers(sentence), sites_in(sentence, lex)
+    (size, suv), sites = numbers(sentence), sites_in(hide(sentence, lex.elsewhere), lex)
     cold, hot = lex.cold.search(sentence), lex.hot.search(hide(sentence, lex.cold))
     meant = [f.site for f in found if f.site in sites] or [f.site for f in found]
     fill = lambda f: dataclasses.replace(f, size_mm=size or f.size_mm, suvmax=suv or f.suvmax, uptake='increased' if hot else 'none' if cold else f.uptake)
     return [fill(f) if f.site in meant else f for f in found]
 
 # %% ../nbs/05_reports.ipynb #f4249166
-def _echo(f: Finding, before: Sequence[Finding]) -> bool:
-    "Whether `f` says nothing that an earlier finding did not."
-    return f.suvmax is None and any((g.site, g.kind) == (f.site, f.kind) and f.size_mm in (None, g.size_mm) for g in before)
-
 def _sentence_findings(sentence: str, lex: Lexicon) -> list[Finding]:
-    "Findings of one lower-case sentence, with spans inside it."
+    "Findings of one lower-case sentence, with spans inside it. What is said of uptake only at the end holds for the nouns before it."
+    if lex.advice.match(sentence) and not SIZE.search(sentence) and not SUV.search(sentence): return []
     out, sites = [], []
     for a, b in _clauses(sentence, lex):
         found, sites = read_clause(sentence[a:b], lex, sites)
-        out += [dataclasses.replace(f, span=(a, b)) for f in found]
-    return out
+        out.append([dataclasses.replace(f, span=(a, b)) for f in found])
+    for k in range(len(out) - 2, -1, -1):
+        uptake = {f.uptake for f in out[k + 1] if f.kind not in SILENT | {'uptake'}}
+        if len(uptake) == 1: out[k] = [dataclasses.replace(f, uptake=min(uptake)) if (f.uptake, f.size_mm, f.suvmax) == ('unknown', None, None) else f for f in out[k]]
+    return [f for found in out for f in found]
+
+class _Said:
+    "What a text has stated so far, to tell an echo from a finding. `where`: the words that name its place, for two stations of one region may have nodes of one size."
+    def __init__(self): self.known: dict[tuple, set[str]] = {}
+
+    def add(self, f: Finding, where: set[str]) -> None:
+        "By site and without a side, with and without its numbers; what is known to be hot is hot whatever it is called."
+        for side in {f.side, ''}:
+            keys = {(f.organ, side, f.kind, u, size) for u in (f.uptake, f.suvmax) for size in (None, f.size_mm)}
+            if f.uptake == 'increased': keys.add((f.organ, side, 'uptake', 'increased', None))
+            for k in keys: self.known.setdefault(k, set()).update(where)
+
+    def echoes(self, f: Finding, where: set[str]) -> bool:
+        "Whether `f` says nothing that an earlier finding did not, and does not contradict it; the same numbers must be of the same place."
+        states = (f.suvmax,) if f.suvmax is not None else {'unknown': ('unknown', 'none', 'increased')}.get(f.uptake, (f.uptake, 'unknown'))
+        places = [self.known[k] for u in states if (k := (f.organ, f.side, f.kind, u, f.size_mm)) in self.known]
+        return bool(places) if (f.size_mm, f.suvmax) == (None, None) else any(where & p for p in places)
 
 # %% ../nbs/05_reports.ipynb #9db2090f
 def _bare(text: str, lex: Lexicon, w: Wording) -> tuple[str, bool]:
-    "The lower-case text with headings and a marked impression hidden, and whether there was such a mark."
-    headings = rf"(?:{'|'.join(re.escape(h.lower()) for h in w.headings.values())})\s*:"
-    hidden = hide(text, re.compile(rf'(?:{lex.impression.pattern}).*?(?={headings}|\Z)', re.S))
-    return hide(hidden, re.compile(headings)), hidden != text
+    "The `plain` text with headings and a marked impression hidden, and whether there was such a mark."
+    low = plain(text)
+    headings = rf"(?:{'|'.join(re.escape(h.lower()) for h in w.headings.values())})\s*:".replace(r'\ ', r'\s+')
+    hidden = hide(low, re.compile(rf'(?:{lex.impression.pattern}).*?(?={headings}|\Z)', re.S))
+    return hide(hidden, re.compile(headings)), hidden != low
 
 def passages(text: str, language: str = 'vi') -> list[tuple[tuple[int, int], list[Finding]]]:
     "`(span, findings)` of every sentence but those of a marked impression; a sentence about the largest of several lesions belongs to the passage before. Spans are those of the NFC text."
     w, lex = wording(language), LEXICA.get(language)
-    low, marked = _bare(unicodedata.normalize('NFC', text).lower(), lex, w)
+    low, marked = _bare(text, lex, w)
     out: list[tuple[tuple[int, int], list[Finding]]] = []
     for a, b in _pieces(low, _END):
-        if out and lex.largest.match(low, a, b):
-            (start, _), found = out.pop()
-            out.append(((start, b), _enrich(found, low[a:b], lex))); continue
-        found = [dataclasses.replace(f, span=(a + f.span[0], a + f.span[1])) for f in _sentence_findings(low[a:b], lex)]
-        before = [g for _, known in out for g in known]
-        out.append(((a, b), [f for f in found if marked or not _echo(f, before)]))
+        if out and out[-1][1] and lex.largest.match(low, a, b): out[-1] = (out[-1][0][0], b), _enrich(out[-1][1], low[a:b], lex)
+        else: out.append(((a, b), [dataclasses.replace(f, span=(a + f.span[0], a + f.span[1])) for f in _sentence_findings(low[a:b], lex)]))
+    said = _Said()
+    for k, (span, found) in enumerate(out):
+        where = [{m.group() for m in lex.organs.finditer(low, *f.span)} for f in found]
+        new = [(f, w) for f, w in zip(found, where) if marked or not said.echoes(f, w)]
+        for f, w in new: said.add(f, w)
+        out[k] = span, [f for f, _ in new]
     return out
 
 def parse(text: str, language: str = 'vi') -> list[Finding]:
     """The findings that a report states, with the spans of the clauses that state them; deterministic. A marked impression is passed over; where it is not marked, repetitions are dropped.
-    Sizes are the longest axis in mm. What `write_report` writes comes back exactly. Raises `ReportError` for an unknown language."""
+    Sizes are the longest axis in mm. Case, Unicode form, spelling of tones and line breaks make no difference. What `write_report` writes comes back exactly. How well it agrees with people who read the same reports: `petvlm.readers`. Raises `ReportError` for an unknown language."""
     return [f for _, found in passages(text, language) for f in found]
 
 # %% ../nbs/05_reports.ipynb #12c6ef1a

@@ -4,6 +4,7 @@
 
 # %% ../nbs/04a_wording.ipynb #21ce731f
 from __future__ import annotations
+import re, unicodedata
 from dataclasses import dataclass
 from types import MappingProxyType
 import numpy as np
@@ -11,7 +12,7 @@ from .findings import KINDS, LANGUAGES, ORGANS, REGIONS, Finding
 
 # %% auto #0
 __all__ = ['SILENT', 'VI', 'EN', 'WORDING', 'HEAD_NECK', 'CHEST', 'ABDOMEN_PELVIS', 'NORMAL', 'ReportError', 'Wording', 'pick',
-           'wording', 'number', 'site_name', 'finding_name']
+           'wording', 'number', 'site_name', 'finding_name', 'lower', 'plain']
 
 # %% ../nbs/04a_wording.ipynb #0fc2774f
 class ReportError(ValueError):
@@ -52,7 +53,8 @@ VI = Wording(
            'mass': ('khối', 'khối u', 'khối mô mềm'), ('lung', 'mass'): ('khối mờ', 'khối mờ bờ đa cung', 'khối'), 'node': ('hạch',),
            'uptake': ('tăng chuyển hóa FDG khu trú', 'ổ tăng chuyển hóa FDG', 'ổ tăng bắt FDG'), 'calcification': ('vôi hóa', 'nốt vôi hóa'),
            ('aorta', 'calcification'): ('vôi hóa', 'mảng vôi hóa'), 'effusion': ('tràn dịch',), 'cyst': ('nang', 'nang đơn thuần'), 'stone': ('sỏi', 'sỏi cản quang'),
-           'lytic': ('tổn thương tiêu xương', 'tổn thương hủy xương', 'ổ tiêu xương'), 'sclerotic': ('tổn thương đặc xương', 'nốt đặc xương', 'ổ đặc xương')},
+           'lytic': ('tổn thương tiêu xương', 'tổn thương hủy xương', 'ổ tiêu xương'), 'sclerotic': ('tổn thương đặc xương', 'nốt đặc xương', 'ổ đặc xương'),
+           'opacity': ('vùng mờ', 'dải mờ'), 'thickening': ('tổn thương dày',)},
     frames=('Hình ảnh {lesion}{size}{state}.', 'Thấy {lesion}{size}{state}.', '{lesion}{size}{state}.', 'Phát hiện {lesion}{size}{state}.'),
     by_site=('{site} có {noun}{size}{state}.', 'Ở {site} có {noun}{size}{state}.'), joint=' và ',
     sizes=(', kích thước {n} mm', ', đường kính {n} mm', ' {n} mm'), depths=(', bề dày {n} mm', ', dày {n} mm', ', lớp dịch {n} mm'),
@@ -68,7 +70,8 @@ EN = Wording(
     both='both', sides={'left': 'left', 'right': 'right'},
     nouns={'nodule': ('nodule', 'nodular lesion'), ('lung', 'nodule'): ('nodule', 'solid nodule', 'nodular opacity'), 'mass': ('mass', 'soft tissue mass', 'tumour mass'), 'node': ('node',),
            'uptake': ('focal FDG uptake', 'focus of FDG uptake', 'hot spot'), 'calcification': ('calcification', 'focal calcification'), 'effusion': ('effusion',),
-           'cyst': ('cyst', 'simple cyst'), 'stone': ('stone', 'calculus'), 'lytic': ('lytic lesion', 'osteolytic lesion', 'lytic focus'), 'sclerotic': ('sclerotic lesion', 'osteosclerotic lesion', 'sclerotic focus')},
+           'cyst': ('cyst', 'simple cyst'), 'stone': ('stone', 'calculus'), 'lytic': ('lytic lesion', 'osteolytic lesion', 'lytic focus'), 'sclerotic': ('sclerotic lesion', 'osteosclerotic lesion', 'sclerotic focus'),
+           'opacity': ('opacity', 'consolidation'), 'thickening': ('thickening',)},
     frames=('{lesion}{size}{state}.', 'There is {a}{size}{state}.', 'Finding of {a}{size}{state}.', 'Note of {a}{size}{state}.'),
     by_site=('The {site} shows {n}{size}{state}.', 'The {site} has {n}{size}{state}.'), joint=' and ',
     sizes=(', {n} mm', ', size {n} mm', ' measuring {n} mm'), depths=(', {n} mm deep', ', depth {n} mm', ' measuring {n} mm'),
@@ -155,3 +158,30 @@ ABDOMEN_PELVIS = (
                                       'en': ('No abnormal FDG uptake in the lumbar spine and pelvis.', 'Lumbar spine and pelvic bones show no abnormal uptake.', 'Bone metabolism of the pelvis is unremarkable.')}))
 
 NORMAL = MappingProxyType({'head_neck': HEAD_NECK, 'chest': CHEST, 'abdomen_pelvis': ABDOMEN_PELVIS})
+
+# %% ../nbs/04a_wording.ipynb #67391ee8
+_TONES = {a + b: c + base for a, base, toned, moved in (('o', 'a', 'áàảãạ', 'óòỏõọ'), ('o', 'e', 'éèẻẽẹ', 'óòỏõọ'), ('u', 'y', 'ýỳỷỹỵ', 'úùủũụ')) for b, c in zip(toned, moved)}
+_TONE = re.compile(rf"(?<!q)(?:{'|'.join(_TONES)})(?!\w)")
+_BREAK = re.compile(r'(?<![^\S\n])[^\S\n]*\n\s*')
+_FRESH = re.compile(r'[-+*•]\s*[^\W\d_]|\d{1,2}[.)]\s')
+_LISTED = re.compile(r'(?:hình\s+ảnh|hạch|nốt|khối|nhân|nang|sỏi|tràn\s+dịch|vôi\s+hóa|tổn\s+thương|a\s|an\s|there\s)')
+
+def lower(text: str) -> str:
+    "NFC text in lower case, as many characters as before."
+    text = unicodedata.normalize('NFC', text)
+    low = text.lower()
+    return low if len(low) == len(text) else ''.join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+def _soft(text: str, low: str) -> str:
+    "`low` with the line breaks that end no sentence as spaces: those not before an empty line, a bullet, a capitalised word, or a noun after a number."
+    def one(m: re.Match) -> str:
+        before, after = low[max(0, m.start() - 3):m.start()], text[m.end():m.end() + 3]
+        titled = after[:1].isupper() and after[1:2].islower()
+        listed = before.endswith(('mm', 'cm', 'fdg', ')')) and _LISTED.match(low, m.end(), m.end() + 12)
+        return m.group() if m.group().count('\n') > 1 or titled or listed or _FRESH.match(low, m.end(), m.end() + 6) else ' '*len(m.group())
+    return _BREAK.sub(one, low)
+
+def plain(text: str) -> str:
+    "The text in NFC and lower case with one spelling of tones and no line breaks inside sentences; as many characters as in NFC, so spans hold for both."
+    text = re.sub(r'\r\n?|[\v\f\x85\u2028\u2029]', lambda m: ' '*(len(m.group()) - 1) + '\n', unicodedata.normalize('NFC', text))
+    return _soft(text, _TONE.sub(lambda m: _TONES[m.group()], lower(text)))

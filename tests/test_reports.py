@@ -1,14 +1,15 @@
 "Reports: what is written is read back, parts stay apart, answers follow from findings, chat backends keep to their schema."
-import http.server, json, re, threading
+import http.server, json, re, threading, time, unicodedata
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from petvlm.chat import VQA_SCHEMA, LocalChatBackend, OpenAIBackend, SchemaError, contamination
 from petvlm.findings import LANGUAGES, LESIONS, ORGANS, REGIONS, Finding
-from petvlm.lexicon import LEXICA, sites_in
+from petvlm.lexicon import LEXICA, numbers, sites_in
+from petvlm.readers import read_list
 from petvlm.reports import finding_list, full_report, parse, write_report
 from petvlm.vqa import ANSWERS, split, vqa_multi, vqa_single
-from petvlm.wording import ReportError, site_name
+from petvlm.wording import ReportError, plain, site_name
 
 REAL = Path(__file__).parents[2]/'shared/data/reports_vi'
 
@@ -117,6 +118,127 @@ def test_yes_and_no_are_balanced():
     assert .3 < np.mean(asked) < .6
 
 
+# ---------------------------------------------------------------- what real reports do, cause by cause, in made-up sentences
+
+NODE, HOT, COLD, OPEN = 'node', 'increased', 'none', 'unknown'
+VI_CAUSES = {
+    'three axes': ('Khối ở gan 32 x 51 x 40 mm, tăng chuyển hóa FDG.', [('liver', '', 'mass', HOT, 51, -1)]),
+    'times sign, no spaces': ('Nốt ở phổi trái 12×9mm.', [('lung', 'left', 'nodule', OPEN, 12, -1)]),
+    'unit after each axis': ('Nốt ở phổi trái 12 mm x 19 mm.', [('lung', 'left', 'nodule', OPEN, 19, -1)]),
+    'centimetres': ('Khối phổi phải kích thước 3,5 x 2 cm, tăng bắt FDG.', [('lung', 'right', 'mass', HOT, 35, -1)]),
+    'range of sizes': ('Nốt mờ ở phổi phải 5-8 mm, không tăng chuyển hóa FDG.', [('lung', 'right', 'nodule', COLD, 8, -1)]),
+    'SUVmax with =': ('Hạch nách trái 11 mm, tăng chuyển hóa FDG, SUVmax = 4.2.', [('axillary_node', 'left', NODE, HOT, 11, 4.2)]),
+    'range of SUVmax': ('Hạch nách trái 11 mm, tăng chuyển hóa FDG (SUV max từ 3,1 đến 4,2).', [('axillary_node', 'left', NODE, HOT, 11, 4.2)]),
+    'SUVmean is no SUVmax': ('Hạch nách trái 11 mm, tăng chuyển hóa FDG (SUVmean: 3,1).', [('axillary_node', 'left', NODE, HOT, 11, -1)]),
+    'earlier size': ('Nốt ở phổi phải 9 mm (trước đây 15 mm), không tăng chuyển hóa FDG.', [('lung', 'right', 'nodule', COLD, 9, -1)]),
+    'fallen from': ('Hạch cổ trái giảm từ 21 mm xuống 9 mm, tăng chuyển hóa FDG, SUVmax giảm từ 8,0 xuống 3,5.', [('cervical_node', 'left', NODE, HOT, 9, 3.5)]),
+    'compared with an earlier scan': ('Hạch rốn phổi phải 12 mm, mới xuất hiện so với phim chụp phổi trái tháng 5, tăng chuyển hóa FDG.', [('hilar_node', 'right', NODE, HOT, 12, -1)]),
+    'uptake without its tracer': ('Hạch nách phải 10 mm, không tăng chuyển hóa.', [('axillary_node', 'right', NODE, COLD, 10, -1)]),
+    'qualified uptake': ('Hạch bẹn trái 10 mm, tăng nhẹ, không đều chuyển hóa FDG.', [('inguinal_node', 'left', NODE, HOT, 10, -1)]),
+    'uptake not seen': ('Nốt ở thùy dưới phổi phải 7 mm, không thấy tăng chuyển hóa FDG.', [('lung', 'right', 'nodule', COLD, 7, -1)]),
+    'contrast enhancement is no uptake': ('Nốt ở gan 12 mm, tăng bắt thuốc cản quang.', [('liver', '', 'nodule', OPEN, 12, -1)]),
+    'tones on the second vowel': ('Khối ở tuỵ 30 mm, tăng chuyển hoá FDG. Nốt vôi hoá ở thuỳ trên phổi trái.', [('lung', 'left', 'calcification', COLD, -1, -1), ('pancreas', '', 'mass', HOT, 30, -1)]),
+    'side of the organ that follows': ('Hạch rốn phổi, cạnh phải khí quản 12 mm.', [('hilar_node', '', NODE, OPEN, 12, -1), ('mediastinal_node', '', NODE, OPEN, 12, -1)]),
+    'side does not leap over a comma': ('Nang rải rác gan hai thùy, sỏi thận phải.', [('kidney', 'right', 'stone', COLD, -1, -1), ('liver', '', 'cyst', COLD, -1, -1)]),
+    'both, with a word between': ('Nốt ở hai đỉnh phổi 4 mm.', [('lung', s, 'nodule', OPEN, 4, -1) for s in ('left', 'right')]),
+    'abbreviated side': ('Nốt ở phổi (P) 8 mm.', [('lung', 'right', 'nodule', OPEN, 8, -1)]),
+    'must is not right': ('Nốt ở phổi trái 8 mm, cần phải theo dõi.', [('lung', 'left', 'nodule', OPEN, 8, -1)]),
+    'lobe without its lung': ('Nốt ở thùy trên phải 8 mm.', [('lung', 'right', 'nodule', OPEN, 8, -1)]),
+    'numbered stations': ('Hạch nhóm 4R 12 mm. Hạch nhóm IIB bên trái 9 mm.', [('cervical_node', 'left', NODE, OPEN, 9, -1), ('mediastinal_node', '', NODE, OPEN, 12, -1)]),
+    'node beside an organ': ('Hạch sau xương ức 9 mm.', [('mediastinal_node', '', NODE, OPEN, 9, -1)]),
+    'conglomerate of nodes': ('Khối hạch cạnh đầu tụy 40 mm.', [('mesenteric_node', '', NODE, OPEN, 40, -1)]),
+    'nodes joined by a noun phrase': ('Vài hạch nách trái, hạch bẹn phải, kích thước 9 mm, không tăng chuyển hóa FDG.', [('axillary_node', 'left', NODE, COLD, 9, -1), ('inguinal_node', 'right', NODE, COLD, 9, -1)]),
+    'list of what is invaded': ('Khối ở thùy trên phổi phải 50 mm, xâm lấn màng phổi, thành ngực và trung thất, tăng chuyển hóa FDG.', [('lung', 'right', 'mass', HOT, 50, -1)]),
+    'under the pleura': ('Nốt dưới màng phổi ở thùy dưới phổi trái 5 mm.', [('lung', 'left', 'nodule', OPEN, 5, -1)]),
+    'beside the aorta': ('Khối cạnh động mạch chủ ở thùy dưới phổi trái 45 mm.', [('lung', 'left', 'mass', OPEN, 45, -1)]),
+    'narrowed by itself': ('Dày thành gây hẹp lòng thực quản 1/3 dưới, đoạn dài 40 mm, tăng chuyển hóa FDG.', [('esophagus', '', 'mass', HOT, 40, -1)]),
+    'calcification as a trait': ('Khối ở phổi trái có vôi hóa bên trong, 45 mm, tăng chuyển hóa FDG.', [('lung', 'left', 'mass', HOT, 45, -1)]),
+    'supposed kind': ('Nốt giảm tỉ trọng ở thận phải 11 mm, không tăng chuyển hóa FDG, khả năng là nang.', [('kidney', 'right', 'nodule', COLD, 11, -1)]),
+    'words that look like lesions': ('Bệnh nhân có hậu môn nhân tạo. Giãn phế nang ở phổi trái.', []),
+    'opacities': ('Dải mờ ở đáy phổi hai bên, không tăng chuyển hóa FDG.', [('lung', s, 'opacity', COLD, -1, -1) for s in ('left', 'right')]),
+    'thickened pleura': ('Dày màng phổi thành sau phổi phải.', [('pleura', 'right', 'thickening', OPEN, -1, -1)]),
+    'two nouns for one place': ('Dải mờ và nốt mờ ở đỉnh phổi phải, không tăng chuyển hóa FDG.', [('lung', 'right', k, COLD, -1, -1) for k in ('nodule', 'opacity')]),
+    'two lesions, uptake said once': ('Nốt ở phổi trái và vài hạch rốn phổi phải, không tăng chuyển hóa FDG.', [('hilar_node', 'right', NODE, COLD, -1, -1), ('lung', 'left', 'nodule', COLD, -1, -1)]),
+    'unnamed but measured': ('Tổn thương tăng chuyển hóa FDG ở gan, kích thước 20 x 15 mm.', [('liver', '', 'mass', HOT, 20, -1)]),
+    'but': ('Không thấy hạch to, nhưng có nốt ở phổi trái 6 mm.', [('lung', 'left', 'nodule', OPEN, 6, -1)]),
+    'denied trait': ('Khối ở gan 50 mm, không có vôi hóa, tăng chuyển hóa FDG (SUVmax: 9,1).', [('liver', '', 'mass', HOT, 50, 9.1)]),
+    'denied at the end': ('Hạch nách hai bên: không thấy. Hạch trung thất không thấy to.', []),
+    'denied without a verb': ('Không tràn dịch màng phổi, không sỏi thận.', []),
+    'gone': ('Nốt ở phổi phải trước đây không còn thấy.', []),
+    'physiological, with a number': ('Đại tràng tăng chuyển hóa FDG (SUVmax: 4,0) sinh lý.', []),
+    'normal but for': ('Gan kích thước bình thường, có khối 32 mm, tăng chuyển hóa FDG.', [('liver', '', 'mass', HOT, 32, -1)]),
+    'advice': ('Cần theo dõi nốt ở phổi phải bằng CT.', []),
+    'echo with its SUVmax': ('Khối ở phổi phải 40 mm, tăng chuyển hóa FDG (SUVmax: 9,0). Tim bắt FDG sinh lý. Khối ở phổi phải, tăng chuyển hóa FDG (SUVmax: 9,0).', [('lung', 'right', 'mass', HOT, 40, 9)]),
+    'echo by another name': ('Tổn thương tiêu xương ở xương ức 12 mm, tăng chuyển hóa FDG (SUVmax: 5,0). Tăng chuyển hóa FDG ở xương ức.', [('sternum', '', 'lytic', HOT, 12, 5)]),
+    'no echo: another uptake': ('Nốt ở phổi trái 6 mm, không tăng chuyển hóa FDG. Nốt ở phổi trái, tăng chuyển hóa FDG.', [('lung', 'left', 'nodule', COLD, 6, -1), ('lung', 'left', 'nodule', HOT, -1, -1)]),
+    'largest of two groups': ('Vài hạch trước khí quản. Hạch lớn nhất 12 mm, tăng chuyển hóa FDG. Vài hạch dưới carina. Hạch lớn nhất 9 mm, không tăng chuyển hóa FDG.', [('mediastinal_node', '', NODE, COLD, 9, -1), ('mediastinal_node', '', NODE, HOT, 12, -1)]),
+    'no echo: another station': ('Hạch cạnh khí quản 9 mm, tăng chuyển hóa FDG (SUVmax: 4,1). Hạch dưới carina 9 mm, tăng chuyển hóa FDG (SUVmax: 4,1). Hạch cạnh khí quản 9 mm, tăng chuyển hóa FDG.', [('mediastinal_node', '', NODE, HOT, 9, 4.1)]*2),
+    'consolidation is no mass': ('Đám đông đặc ở thùy dưới phổi trái 40 mm, tăng chuyển hóa FDG. Tổn thương ở thành sau hầu họng 12 mm.', [('lung', 'left', 'opacity', HOT, 40, -1), ('pharynx', '', 'mass', OPEN, 12, -1)]),
+    'full stop forgotten': ('Hạch nách phải 9 mm, tăng chuyển hóa FDG Hình ảnh nang gan.', [('axillary_node', 'right', NODE, HOT, 9, -1), ('liver', '', 'cyst', COLD, -1, -1)]),
+    'one line each': ('Nốt ở phổi phải 9 mm\nHạch nách trái 7 mm\n\nsỏi túi mật', [('axillary_node', 'left', NODE, OPEN, 7, -1), ('gallbladder', '', 'stone', COLD, -1, -1), ('lung', 'right', 'nodule', OPEN, 9, -1)])}
+EN_CAUSES = {
+    'but': ('No mass, but a nodule in the left lung, 6 mm.', [('lung', 'left', 'nodule', OPEN, 6, -1)]),
+    'SUVmax of': ('A nodule in the right lung, 0.8 x 1.2 cm, hypermetabolic, SUVmax of 3.4.', [('lung', 'right', 'nodule', HOT, 12, 3.4)]),
+    'homogeneous lesion': ('A homogeneous mass in the liver, 30 mm, FDG-avid.', [('liver', '', 'mass', HOT, 30, -1)]),
+    'ground glass': ('Ground-glass opacity in the left lung without increased FDG uptake.', [('lung', 'left', 'opacity', COLD, -1, -1)]),
+    'what is invaded': ('A mass in the left lung, 40 mm, invading the pleura and the rib, FDG-avid.', [('lung', 'left', 'mass', HOT, 40, -1)]),
+    'earlier size': ('A node in the left axilla, 8 mm, previously 14 mm, not FDG-avid.', [('axillary_node', 'left', NODE, COLD, 8, -1)]),
+    'denied trait': ('A mass in the left lung, 40 mm, without calcification, FDG-avid.', [('lung', 'left', 'mass', HOT, 40, -1)]),
+    'advice': ('Recommend biopsy of the liver mass.', [])}
+
+@pytest.mark.parametrize('language, cause', [('vi', c) for c in VI_CAUSES] + [('en', c) for c in EN_CAUSES])
+def test_causes_of_error(language, cause):
+    text, expected = (VI_CAUSES if language == 'vi' else EN_CAUSES)[cause]
+    assert facts(parse(text, language)) == sorted(expected)
+
+
+@pytest.mark.parametrize('text, expected', [('12 mm', (12, None)), ('4 x 1,5 cm', (40, None)), ('suvmax 3', (None, 3)), ('1/3 trên', (None, None)), ('suvmax: 14,0) 7 mm', (7, 14)), ('suv: 2.4', (None, 2.4)), ('suvmax, 9 mm', (9, None)), ('d8-9', (None, None)), ('suvmax; 4,3', (None, 4.3)),
+    ('tăng so với nền (suvmax: 4,3)', (None, 4.3)), ('giảm so với phim cũ (25 mm), nay 15 mm', (15, None)), ('suvmax: 3,1 và 4,2', (None, 4.2)), ('suvmax: 4,3/3,1', (None, 4.3)), ('suvmax tháng 12/2017', (None, None))])
+def test_numbers(text, expected): assert numbers(text) == expected
+
+
+# ---------------------------------------------------------------- what must not matter
+
+def texts(language, n=25):
+    return [full_report({region: write_report(draw([seed, 13], 7), region, language, seed) for region in REGIONS}).text for seed in range(n)]
+
+@pytest.mark.parametrize('language', LANGUAGES)
+def test_form_case_and_breaks_change_nothing(language):
+    rng = np.random.default_rng(0)
+    for text in texts(language):
+        found = parse(text, language)
+        assert parse(unicodedata.normalize('NFD', text), language) == found and parse(text, language) == found
+        assert facts(parse(text.upper(), language)) == facts(found)
+        for brk in ('\n', '\r\n', '  ', '\t', '\u00a0', ' \n  '):
+            broken = re.sub(' ', lambda m: brk if rng.random() < .3 else ' ', text)
+            assert facts(parse(broken, language)) == facts(found), (brk, broken)
+
+@pytest.mark.parametrize('language', LANGUAGES)
+def test_what_was_read_and_written_again_is_read_the_same(language):
+    for seed in range(150):
+        for region in REGIONS:
+            found = parse(write_report(draw([seed, 14], 8), region, language, seed).text, language)
+            assert facts(parse(write_report(found, region, language, seed + 1).text, language)) == facts(found)
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.one_of(st.text(max_size=300), st.lists(st.sampled_from('hoá QUÝ thuỳ Khối\n - 1. • İ ß ﬁ \r\n phổi trái không thấy nhưng 3 x 4 cm SUVmax từ 2 đến dính vào, và hạch lớn nhất khả năng nốt vài (P) \u0301'.split(' ')), max_size=60).map(' '.join)), st.sampled_from(LANGUAGES))
+def test_any_text_is_read_without_error_and_spans_stay_inside(text, language):
+    nfc = unicodedata.normalize('NFC', text)
+    assert len(plain(text)) == len(nfc)
+    for f in parse(text, language): assert 0 <= f.span[0] < f.span[1] <= len(nfc)
+    assert parse(text, language) == parse(text, language)
+
+BYTES = 100_000
+LONG = {'a report': 'Vài hạch nách trái 9 mm, không tăng chuyển hóa FDG. Khối ở thùy trên phổi phải 50 mm, dính vào màng phổi, tăng chuyển hóa FDG (SUVmax: 9,1). Không thấy tràn dịch màng phổi hai bên. ', 'spaces': ' ', 'semicolons': ';', 'digits': '1', 'brackets': '(', 'breaks': '\n', 'letters': 'a',
+        'nodes': 'hạch ', 'and nodes': 'vài hạch nách và ', 'denials': 'không thấy ', 'resumed': 'khối 9 mm, không có x, tăng fdg, ', 'touching': 'khối dính vào ', 'axes': '1 x ', 'suvmax': 'suvmax ', 'hot': 'tăng nhẹ, ', 'sides': 'phổi trái ', 'largest': 'Hạch nách 9 mm. Hạch lớn nhất. '}
+
+@pytest.mark.parametrize('what', LONG)
+def test_long_text_takes_linear_time(what):
+    text = LONG[what]*(BYTES//len(LONG[what].encode()))
+    start = time.process_time(); parse(text); spent = time.process_time() - start
+    assert spent < 1, f'{spent:.2f} s for {len(text.encode())} bytes'
+
+
 # ---------------------------------------------------------------- chat backends
 
 class Endpoint:
@@ -191,7 +313,6 @@ def test_real_reports_are_read_sensibly():
     hit = total = 0
     for p in pairs:
         found = {f.site for f in parse(p['ground_truth'])}
-        for lesion in p['extracted_ground_truth']:
-            sites = set(sites_in(str(lesion['Vị trí của khối u, tổn thương, bất thường']).lower(), LEXICA['vi']))
-            total += bool(sites); hit += bool(sites & found)
-    assert total > 150 and hit/total > .8
+        for lesion in read_list(p['extracted_ground_truth']):
+            total += bool(lesion.findings); hit += bool({f.site for f in lesion.findings} & found)
+    assert total > 150 and hit/total > .9
