@@ -43,7 +43,7 @@ def rgb(scene: Scene, plane: str, index: int, look: Look) -> np.ndarray:
     if 'pet' not in scene.images: return out.astype(np.uint8)
     level = to_bytes(scene.cut('pet', plane, index), look.suv_window)
     alone = 'ct' not in scene.images or look.opacity >= 1
-    a = np.ones(level.shape) if alone else look.opacity*np.minimum(1, 4*level/255.)
+    a = np.ones(level.shape) if alone else look.opacity*np.minimum(1, level*(4/255))
     return np.rint(out*(1 - a[..., None]) + colours(look.pet_map)[level]*a[..., None]).astype(np.uint8)
 
 # %% ../nbs/34b_widget.ipynb #b85e7d64

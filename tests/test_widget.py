@@ -41,7 +41,7 @@ def test_a_plane_comes_as_bytes_of_its_window(scene, plane, axis):
     told, blobs = ask(scene, type='plane', plane=plane, index=index, labels=['lesions'])
     assert [l['name'] for l in told['layers']] == ['ct', 'pet', 'lesions'] and (told['channel'], told['seq'], told['view'], told['index']) == ('c', 3, 'v', index)
     ct, pet, lesions = (np.frombuffer(b, np.uint8).reshape(told['rows'], told['cols']) for b in blobs)
-    back = lambda b, w: w[0] + b*(w[1] - w[0])/255.
+    back = lambda b, w: w[0] + b.astype(float)*(w[1] - w[0])/255
     assert np.abs(back(pet, (0, 7)) - np.clip(scene.cut('pet', plane, index), 0, 7)).max() <= 7/510 + 1e-6
     assert np.abs(back(ct, (-160, 240)) - np.clip(scene.cut('ct', plane, index), -160, 240)).max() <= 400/510 + 1e-4
     assert np.array_equal(lesions, scene.cut('lesions', plane, index)) and json.dumps(told)
@@ -126,7 +126,7 @@ def test_the_still_picture_names_sides_units_and_windows(scene):
 def test_the_script_fetches_nothing_and_makes_no_html_of_data():
     code = script()
     for word in ('://', 'innerHTML', 'outerHTML', 'insertAdjacent', 'document.write', 'eval(', 'new Function', 'fetch(', 'XMLHttp', 'WebSocket', 'import(', 'importScripts', 'localStorage', 'cookie', '</script', 'srcdoc'):
-        assert word not in code.replace('this.fetch(', '').replace('  fetch(all', ''), word
+        assert word not in code, word
     assert not re.search(r'^\s*import\b', code, re.M) and not re.search(r'url\(|@import|://', asset('viewer_page.css')) and 'export default' in code
     assert max(map(len, code.splitlines())) < 280 and '\t' not in code
 

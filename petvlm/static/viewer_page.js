@@ -33,29 +33,32 @@ const fixed = v => v == null ? 'none' : Math.abs(v) >= 100 ? v.toFixed(0) : v.to
 
 export class Viewer {
   constructor(el, setup, source, store) {
-    Object.assign(this, {setup, source, store, zoom: 1, tool: 'crosshair', ruler: null, ball: null, panels: {}, maps: {}});
+    Object.assign(this, {setup, source, store, zoom: 1, tool: 'crosshair', ruler: null, ball: null, panels: {}, maps: {}, shows: {}});
     for (const [name, text] of Object.entries(setup.maps)) this.maps[name] = base64(text);
     this.build(el);
     store.on(key => this.changed(key));
     this.observer = new ResizeObserver(() => this.layout());
     for (const p of Object.values(this.panels)) this.observer.observe(p.canvas);
-    this.layout(); this.fetch(); this.askMip(); this.read();
+    this.layout(); this.follow(); this.askMip(); this.read();
   }
 
   // --- controls ---
   build(el) {
     const {setup} = this, root = make('div', {class: 'petvlm-viewer'}), bar = make('div', {class: 'petvlm-bar'});
     root.dataset.lmSuppressShortcuts = 'true';             // JupyterLab leaves the keys to us
-    if (setup.images.includes('pet')) bar.append(...this.windowControl('suv_window', setup.unit, setup.presets.pet), this.choice('PET', Object.keys(setup.maps), this.store.get('pet_map'), v => this.store.set('pet_map', v)));
+    if (setup.images.includes('pet')) bar.append(...this.windowControl('suv_window', setup.unit, setup.presets.pet), this.choice('PET', Object.keys(setup.maps), this.store.get('pet_map'), v => this.store.set('pet_map', v), 'pet_map'));
     if (setup.images.includes('ct')) bar.append(...this.windowControl('hu_window', 'HU', setup.presets.ct));
     if (setup.images.length === 2) {
-      this.opacity = make('input', {type: 'range', min: 0, max: 1, step: .05, value: this.store.get('opacity'), 'aria-label': 'opacity of PET'});
-      this.opacity.addEventListener('input', () => this.store.set('opacity', +this.opacity.value));
-      bar.append(make('label', {}, 'PET over CT ', this.opacity));
+      const slider = make('input', {type: 'range', min: 0, max: 1, step: .05, value: this.store.get('opacity'), 'aria-label': 'opacity of PET'});
+      slider.addEventListener('input', () => this.store.set('opacity', +slider.value));
+      this.shows.opacity = () => { slider.value = this.store.get('opacity'); };
+      bar.append(make('label', {}, 'PET over CT ', slider));
     }
-    for (const k of setup.labels) {
-      const box = make('input', {type: 'checkbox', checked: this.store.get('outlines').includes(k)});
-      box.addEventListener('change', () => this.store.set('outlines', setup.labels.filter(l => l === k ? box.checked : this.store.get('outlines').includes(l))));
+    const boxes = setup.labels.map(k => [k, make('input', {type: 'checkbox'})]);
+    this.shows.outlines = () => { for (const [k, box] of boxes) box.checked = this.store.get('outlines').includes(k); };
+    this.shows.outlines();
+    for (const [k, box] of boxes) {
+      box.addEventListener('change', () => this.store.set('outlines', boxes.filter(b => b[1].checked).map(b => b[0])));
       bar.append(make('label', {}, box, ` ${k}`));
     }
     const tools = setup.images.includes('pet') ? ['crosshair', 'distance', 'sphere'] : ['crosshair', 'distance'];
@@ -69,9 +72,10 @@ export class Viewer {
     root.append(bar, grid, this.line, this.note, this.bars, ...this.lists());
     el.append(root); this.root = root; this.legend();
   }
-  choice(label, names, chosen, act) {
+  choice(label, names, chosen, act, key) {
     const select = make('select', {'aria-label': label}, ...names.map(n => make('option', {value: n, selected: n === chosen}, n)));
     select.addEventListener('change', () => act(select.value));
+    if (key) this.shows[key] = () => { select.value = this.store.get(key); };
     return make('label', {}, `${label} `, select);
   }
   windowControl(key, label, presets) {
@@ -81,7 +85,7 @@ export class Viewer {
     const show = () => { [low.value, high.value] = this.store.get(key); menu.value = names.find(same) || 'own'; };
     menu.addEventListener('change', () => { if (presets[menu.value]) this.store.set(key, [...presets[menu.value]]); });
     for (const b of [low, high]) b.addEventListener('change', () => { if (+low.value < +high.value) this.store.set(key, [+low.value, +high.value]); else show(); });
-    (this.shows ||= {})[key] = show; show();
+    this.shows[key] = show; show();
     return [make('label', {}, `${label} `, menu), make('label', {}, low, ' to ', high)];
   }
   lists() {
@@ -109,20 +113,19 @@ export class Viewer {
 
   // --- what changed, what follows ---
   changed(key) {
-    if (key === 'position') { this.fetch(false); this.draw('mip'); this.read(); }
+    if (this.shows[key]) this.shows[key]();
+    if (key === 'position') { this.follow(false); this.draw('mip'); this.read(); }
     else if (key === 'angle') this.askMip();
-    else if (key === 'outlines') this.fetch();
+    else if (key === 'outlines') this.follow();
     else {
-      if (this.shows && this.shows[key]) this.shows[key]();
-      if (key === 'opacity' && this.opacity) this.opacity.value = this.store.get('opacity');
       for (const name of Object.keys(this.panels)) { this.colour(name); this.draw(name); }
       this.legend();
-      if (key.endsWith('_window')) { this.fetch(); if (key === 'suv_window') this.askMip(); }
+      if (key.endsWith('_window')) { this.follow(); if (key === 'suv_window') this.askMip(); }
     }
   }
   ijk() { return apply(this.setup.frame.inverse, this.store.get('position')).map((v, i) => clamp(v, 0, this.setup.frame.shape[i] - 1)); }
   slice(name) { return Math.round(this.ijk()[this.setup.planes[name].axis]); }
-  fetch(all = true) {
+  follow(all = true) {
     for (const name of Object.keys(this.setup.planes)) {
       const p = this.panels[name], index = this.slice(name);
       this.draw(name);
