@@ -75,7 +75,7 @@ class Scene:
 # %% ../nbs/34a_scene.ipynb #e0dc25c0
 def told(f: Finding) -> str:
     "A finding in three words: side, organ, kind."
-    return f"{f.side} {ORGANS[f.organ].en} {KINDS[f.kind].en}".strip()
+    return f"{f.side} {ORGANS[f.organ].en} {'' if f.organ.endswith('_node') and f.kind == 'node' else KINDS[f.kind].en}".strip()
 
 def _layer(name: str, vol: Volume) -> Volume:
     if vol.unit not in LAYERS[name]: raise SceneError(f"{name}: found unit {vol.unit}, expected {' or '.join(LAYERS[name])}; convert it first (petvlm.suv for PET)")
@@ -200,7 +200,7 @@ def mip_place(self: Scene, angle: int, row: int, col: int) -> tuple[float, float
     "LPS mm of the maximum that pixel (row, col) of the projection from `angle` shows."
     c, (right, away) = self.columns, line_of_sight(angle)
     x, y = (col - (c.bins - 1)/2)*c.mm*right + self.mip(angle)[1][row, col]*away + c.center
-    return float(x), float(y), c.z + (c.values.shape[1] - 1 - row)*c.dz
+    return float(x), float(y), float(c.z + (c.values.shape[1] - 1 - row)*c.dz)
 
 # %% ../nbs/34a_scene.ipynb #2c6f043d
 class Sphere(NamedTuple):
