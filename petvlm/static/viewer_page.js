@@ -308,20 +308,20 @@ export class Viewer {
     if (Math.abs(off) >= this.ball.radius) return;
     g.strokeStyle = INK.sphere; g.lineWidth = 1.5*dpr; g.beginPath(); g.arc(...at(this.ball.at), Math.sqrt(this.ball.radius**2 - off**2)*f.scale, 0, 2*Math.PI); g.stroke();
   }
-  write(g, text, x, y, align, colour = '#fff') {
+  write(g, text, x, y, align, colour = '#fff', around = '#000') {
     const dpr = globalThis.devicePixelRatio || 1;
     g.font = `bold ${13*dpr}px sans-serif`; g.textAlign = align; g.textBaseline = 'middle'; g.lineJoin = 'round';
-    g.strokeStyle = '#000'; g.lineWidth = 3*dpr; g.strokeText(text, x, y); g.fillStyle = colour; g.fillText(text, x, y);
+    g.strokeStyle = around; g.lineWidth = 3*dpr; g.strokeText(text, x, y); g.fillStyle = colour; g.fillText(text, x, y);
   }
   drawText(g, name, f) {
     const {width, height} = g.canvas, dpr = globalThis.devicePixelRatio || 1, m = 10*dpr, [left, right, top, bottom] = this.sides(name), a = this.panels[name].answer;
-    this.write(g, left, m/2, height/2, 'left'); this.write(g, right, width - m/2, height/2, 'right');
-    this.write(g, top, width/2, m, 'center'); this.write(g, bottom, width/2, height - m, 'center');
-    this.write(g, name === 'mip' ? `MIP ${a.angle}\u00b0` : `${name} ${a.index + 1}/${this.setup.frame.shape[this.setup.planes[name].axis]}`, m/2, m, 'left');
+    const [ink, ground] = name === 'mip' ? ['#000', '#fff'] : ['#fff', '#000'], say = (text, x, y, align) => this.write(g, text, x, y, align, ink, ground);
+    say(left, m/2, height/2, 'left'); say(right, width - m/2, height/2, 'right'); say(top, width/2, m, 'center'); say(bottom, width/2, height - m, 'center');
+    say(name === 'mip' ? `MIP ${a.angle}\u00b0` : `${name} ${a.index + 1}/${this.setup.frame.shape[this.setup.planes[name].axis]}`, m/2, m, 'left');
     const mm = [100, 50, 20, 10, 5, 2, 1].find(v => v*f.scale < .3*width) || 1, y = height - 1.2*m;
-    g.strokeStyle = '#000'; g.lineWidth = 4*dpr; g.beginPath(); g.moveTo(m, y); g.lineTo(m + mm*f.scale, y); g.stroke();
-    g.strokeStyle = '#fff'; g.lineWidth = 2*dpr; g.stroke();
-    this.write(g, `${mm} mm`, m, y - 1.1*m, 'left');
+    g.strokeStyle = ground; g.lineWidth = 4*dpr; g.beginPath(); g.moveTo(m, y); g.lineTo(m + mm*f.scale, y); g.stroke();
+    g.strokeStyle = ink; g.lineWidth = 2*dpr; g.stroke();
+    say(`${mm} mm`, m, y - 1.1*m, 'left');
   }
   close() { this.observer.disconnect(); this.source.close(); this.store.close(); this.root.remove(); }
 }
