@@ -5,7 +5,7 @@
 # %% ../nbs/34c_offline.ipynb #fbc9438b
 from __future__ import annotations
 import base64, hashlib, json, logging, zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 import numpy as np
@@ -15,11 +15,11 @@ from .scene import Scene, blank, scene_of
 from .screen import SceneError
 from .viewer import WARNING
 from .volume import Volume, resample
-from .widget import STATE, STEP, State, Viewer, asset, depth_bytes, report_texts, script, setup_of
+from .widget import STATE, STEP, State, Viewer, asset, depth_bytes, mip_geometry, report_texts, script, setup_of
 
 # %% auto #0
-__all__ = ['log', 'HU_STOPS', 'LEAST_MM', 'STEP_MM', 'PAGE_MB', 'START', 'CAUTION', 'table_of', 'encode', 'coarser', 'reduced',
-           'load_of', 'data_block', 'html_page', 'export_html', 'embedded']
+__all__ = ['log', 'HU_STOPS', 'LEAST_MM', 'STEP_MM', 'MOST_MM', 'PAGE_MB', 'LABEL_SHARE', 'START', 'CAUTION', 'table_of',
+           'encode', 'coarser', 'reduced', 'load_of', 'data_block', 'html_page', 'export_html', 'embedded']
 
 # %% ../nbs/34c_offline.ipynb #a503f8fd
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def encode(values, table) -> np.ndarray:
     return np.searchsorted((table[1:] + table[:-1])/2, values).astype(np.uint8)
 
 # %% ../nbs/34c_offline.ipynb #59555678
-LEAST_MM, STEP_MM, PAGE_MB = 2., .25, 24.
+LEAST_MM, STEP_MM, MOST_MM, PAGE_MB = 2., .25, 20., 24.
+LABEL_SHARE = .1          # of a byte, once deflated; measured 0.01 to 0.03
 
 def coarser(frame: Volume, mm: float) -> Volume:
     "The box of `frame` in voxels of `mm`, where it has finer ones; centred, without voxels."
@@ -45,30 +46,34 @@ def coarser(frame: Volume, mm: float) -> Volume:
     affine[:3, 3] = frame.world((zoom - 1)/2 + (np.array(frame.shape) - zoom*shape)/2)
     return blank(shape, affine)
 
-def reduced(scene: Scene, most_mb: float = PAGE_MB) -> Volume:
-    "The finest grid, from 2 mm on, on which all layers of `scene` take at most `most_mb` as base64. Raises `SceneError` where not even 20 mm do."
-    for mm in np.arange(LEAST_MM, 20, STEP_MM):
+def reduced(scene: Scene, most_mb: float = PAGE_MB) -> Iterator[Volume]:
+    "Grids on which the layers of `scene` should take at most `most_mb` as base64, finest first."
+    weight = len(scene.images) + LABEL_SHARE*len(scene.labels)
+    for mm in np.arange(LEAST_MM, MOST_MM, STEP_MM):
         frame = coarser(scene.frame, float(mm))
-        if len(scene.volumes)*np.prod(frame.shape, dtype=float)*4/3 <= most_mb*1e6: return frame
-    raise SceneError(f"{len(scene.volumes)} layers of {scene.frame.shape} voxels do not fit into {most_mb:g} MB; allow more")
+        if weight*np.prod(frame.shape, dtype=float)*4/3 <= most_mb*1e6: yield frame
 
 # %% ../nbs/34c_offline.ipynb #c899ad72
 def _projections(scene: Scene, table, geometry: Mapping) -> dict[str, np.ndarray]:
     made = [scene.mip(a) for a in range(0, 180, STEP)]
     return {'mip': np.stack([encode(image, table) for image, _ in made]), 'depth': np.stack([depth_bytes(deep, geometry) for _, deep in made])}
 
-def load_of(study: Study, scene: Scene, most_mb: float = PAGE_MB, reports: bool = False) -> tuple[dict, bytes]:
-    "The script's `setup` for `scene` on its reduced grid, and the volumes, deflated. Raises `SceneError`."
-    frame = reduced(scene, most_mb)
-    setup = setup_of(scene, frame, report_texts(study) if reports else ())
-    tables = {n: table_of(n, scene.volumes[n]) for n in scene.images}
+def _deflated(scene: Scene, frame: Volume, tables: Mapping, geometry: Mapping | None) -> dict[str, bytes]:
     layers = {n: resample(v, like=frame).data for n, v in scene.volumes.items()}
     layers = {n: encode(x, tables[n]) if n in tables else x.astype(np.uint8) for n, x in layers.items()}
-    if setup['mip']: layers |= _projections(scene, tables['pet'], setup['mip'])
-    parts = {n: zlib.compress(np.ascontiguousarray(x).tobytes(), 6) for n, x in layers.items()}
-    stops = np.cumsum([0, *map(len, parts.values())]).tolist()
+    if geometry: layers |= _projections(scene, tables['pet'], geometry)
+    return {n: zlib.compress(np.ascontiguousarray(x).tobytes(), 6) for n, x in layers.items()}
+
+def load_of(study: Study, scene: Scene, most_mb: float = PAGE_MB, reports: bool = False) -> tuple[dict, bytes]:
+    "The script's `setup` for `scene` on its reduced grid, and the volumes, deflated. Raises `SceneError` where no grid up to 20 mm fits into `most_mb`."
+    tables, geometry = {n: table_of(n, scene.volumes[n]) for n in scene.images}, mip_geometry(scene)
+    for frame in reduced(scene, most_mb):
+        parts = _deflated(scene, frame, tables, geometry)
+        if sum(map(len, parts.values()))*4/3 <= most_mb*1e6: break
+    else: raise SceneError(f"{len(scene.volumes)} layers of {scene.frame.shape} voxels do not fit into {most_mb:g} MB; allow more")
+    setup, stops = setup_of(scene, frame, report_texts(study) if reports else ()), np.cumsum([0, *map(len, parts.values())]).tolist()
     edges = ' x '.join(f'{s:.1f}' for s in frame.spacing)
-    setup['precision'] = f"Reduced to voxels of {edges} mm and 256 levels: values under the crosshair and in spheres are approximate, and small hot spots are lower than on the full PET. Lesions in the list were measured on the full PET."
+    setup['precision'] = f"Voxels of {edges} mm, 256 levels: values under the crosshair and in spheres are approximate, and small hot spots may be lower than on the full PET. Lesions in the list were measured on the full PET."
     setup['local'] = dict(blobs=[list(b) for b in zip(parts, stops, stops[1:])], tables={n: t.tolist() for n, t in tables.items()})
     return setup, b''.join(parts.values())
 

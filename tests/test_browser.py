@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed 
 def page(tmp_path_factory):
     room = tmp_path_factory.mktemp('browser')
     with Page(export_html(study(), room/'page.html', title=EVIL, organs={5: EVIL}, reports=True, position=SPOT).as_uri(), room) as p:
-        p.until(f"document.petvlm && document.petvlm.panels.mip.answer && {LINE}"); yield p
+        p.until("(document.petvlm = document.querySelector('.petvlm-viewer')?.petvlm) && !!document.petvlm.panels.mip.answer"); p.until(LINE); yield p
 
 @pytest.fixture
 def fresh(page):

@@ -6,7 +6,7 @@ import pytest
 import traitlets as T
 from petvlm.findings import Finding, Study
 from petvlm.offline import coarser, data_block, embedded, encode, export_html, load_of, reduced, table_of
-from petvlm.scene import blank, scene_of
+from petvlm.scene import Scene, blank, scene_of
 from petvlm.screen import MAPS, SceneError, colours, outline
 from petvlm.volume import Volume
 from petvlm.widget import STATE, Look, Viewer, answer, asset, report_texts, rgb, script, setup_of, still, view
@@ -108,7 +108,7 @@ def test_the_widget_keeps_a_picture_for_where_no_kernel_is():
 
 def test_the_embedded_widget_carries_its_volumes():
     v = embedded(study()); blobs = v.setup['local']['blobs']
-    assert blobs[-1][2] == len(v.payload) and {b[0] for b in blobs} == {'pet', 'ct', 'organs', 'lesions', 'mip', 'depth'} and 'about' not in v.setup['unit'] and v.setup['precision'].startswith('Reduced')
+    assert blobs[-1][2] == len(v.payload) and {b[0] for b in blobs} == {'pet', 'ct', 'organs', 'lesions', 'mip', 'depth'} and 'about' not in v.setup['unit'] and v.setup['precision'].startswith('Voxels of 5.0 x 4.0 x 4.0 mm')
 
 def test_the_overlay_leaves_the_ct_readable_and_alone_it_is_the_map(scene):
     index = int(np.rint(scene.frame.index((40, -20, 400)))[0]); look = Look()
@@ -154,6 +154,13 @@ def test_foreign_texts_stay_texts(html):
     assert setup['names']['organs']['5'] == EVIL and setup['reports'] == [['Report: chest (en)', f'A node. {EVIL}']] and setup['state']['suv_window'] == [0, 10]
     assert json.loads(data_block({'a': '<&>\u2028'})) == {'a': '<&>\u2028'} and not set('<>&\u2028') & set(data_block('<&>\u2028'))
 
+def test_a_page_keeps_to_the_size_asked_for(tmp_path):
+    "Noise cannot be deflated: a grid is taken on which it fits all the same."
+    noise = study(); rng = np.random.default_rng(0); noise.volumes['ct'].data[:] = rng.uniform(-1000, 1500, noise.volumes['ct'].shape); noise.volumes['pet'].data[:] = rng.uniform(0, 9, noise.volumes['pet'].shape)
+    noise.volumes['organs'].data[:] = rng.integers(0, 255, noise.volumes['organs'].shape)
+    setup, load = load_of(noise, scene_of(noise), most_mb=.16); assert len(load)*4/3 <= .16e6 and setup['frame']['spacing'][0] > 5
+    with pytest.raises(SceneError, match='do not fit'): load_of(noise, scene_of(noise), most_mb=.01)
+
 def test_nobody_is_named_and_reports_stay_out_unless_asked_for(tmp_path):
     page = export_html(study(), tmp_path/'deep'/'p.html').read_text(encoding='utf-8')
     assert 'HN-0042' not in page and 'A node.' not in page and 'NOT FOR CLINICAL USE' in page and report_texts(study())[0][0] == 'Report: chest (en)'
@@ -170,7 +177,7 @@ def test_levels_follow_the_values_and_grids_their_box():
     frame = blank((300, 400, 400), np.array([[0, 0, 1.6, -320], [0, 1.6, 0, -320], [3, 0, 0, 0], [0, 0, 0, 1.]]))
     small = coarser(frame, 4.); edge = lambda f, s: f.world(s*(np.array(f.shape)/2) + (np.array(f.shape) - 1)/2)
     for s in (-1, 1): assert (abs(edge(small, s) - edge(frame, s)) <= 2 + 1e-6).all()
-    assert coarser(frame, 1.).shape == frame.shape and np.prod(reduced(type('S', (), {'frame': frame, 'volumes': [1, 2, 3, 4]}), 24.).shape)*4*4/3 <= 24e6
+    assert coarser(frame, 1.).shape == frame.shape and np.prod(next(reduced(Scene(frame, {'pet': frame, 'ct': frame}, {}), 24.)).shape)*2*4/3 <= 24e6
 
 
 # ---------- the script against the scene ----------

@@ -70,7 +70,7 @@ export class Viewer {
     this.line = make('div', {class: 'petvlm-line', role: 'status'}); this.note = make('div', {class: 'petvlm-line'});
     this.bars = make('div', {class: 'petvlm-bars'});
     root.append(bar, grid, this.line, this.note, this.bars, ...this.lists());
-    el.append(root); this.root = root; this.legend();
+    el.append(root); this.root = root; root.petvlm = this; this.legend();
   }
   choice(label, names, chosen, act, key) {
     const select = make('select', {'aria-label': label}, ...names.map(n => make('option', {value: n, selected: n === chosen}, n)));
@@ -341,7 +341,7 @@ export async function page() {
   try {
     const setup = JSON.parse(document.getElementById('petvlm-setup').textContent);
     const source = await LocalSource.open(setup, base64(document.getElementById('petvlm-volumes').textContent.trim()));
-    document.petvlm = new Viewer(el, setup, source, new PlainStore(setup.state));
+    new Viewer(el, setup, source, new PlainStore(setup.state));
   } catch (e) { el.append(`This page cannot be shown: ${e.message}`); throw e; }
 }
 
