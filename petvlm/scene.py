@@ -69,8 +69,8 @@ class Scene:
     def labels(self) -> tuple[str, ...]: return tuple(n for n in ('organs', 'lesions') if n in self.volumes)
 
     def name(self, layer: str, value: int) -> str:
-        "What the label `value` of `layer` is called; '' for background."
-        return self.names.get(layer, {}).get(value, f'label {value}') if value else ''
+        "What the label `value` of `layer` is called, e.g. 'organ 5' where nobody named it; '' for background."
+        return self.names.get(layer, {}).get(value, f'{layer[:-1]} {value}') if value else ''
 
 # %% ../nbs/34a_scene.ipynb #e0dc25c0
 def told(f: Finding) -> str:

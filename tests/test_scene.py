@@ -111,7 +111,7 @@ def test_pet_lies_on_the_ct_where_the_patient_has_it():
 def test_a_reading_is_what_the_scanners_gave():
     scene = scene_of(body()); r = scene.read((40., -20., 130.))
     assert r.values == {'ct': 40., 'pet': 9.} and r.labels == {'lesions': '1: left lung nodule'} and r.place == 'L 40.0  A 20.0  H 130.0 mm'
-    assert scene.read((-59., -59., 81.)).values == {'ct': -1000., 'pet': 1.} and scene.name('lesions', 4) == 'label 4' and scene.name('lesions', 0) == ''
+    assert scene.read((-59., -59., 81.)).values == {'ct': -1000., 'pet': 1.} and scene.name('lesions', 4) == 'lesion 4' and scene.name('lesions', 0) == ''
 
 
 def test_the_side_is_the_patients_and_counted_from_the_middle_of_the_body():

@@ -165,7 +165,7 @@ export class LocalSource {
   async read(xyz) {
     const {setup} = this, ijk = apply(setup.frame.inverse, xyz).map((v, i) => clamp(Math.round(v), 0, setup.frame.shape[i] - 1)), values = {}, labels = {};
     for (const k of setup.images) values[k] = this.local.tables[k][this.at(k, ijk)];
-    for (const k of setup.labels) { const v = this.at(k, ijk); labels[k] = v ? setup.names[k][v] || `label ${v}` : ''; }
+    for (const k of setup.labels) { const v = this.at(k, ijk); labels[k] = v ? setup.names[k][v] || `${k.slice(0, -1)} ${v}` : ''; }
     let side = '';
     if (setup.midline) {
       const off = xyz[0] - interpolate(xyz[2], setup.midline[0], setup.midline[1]);
