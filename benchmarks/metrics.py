@@ -6,8 +6,8 @@
     pip install --no-deps pycocoevalcap==1.2                       # one of the peers; petvlm does not need it, and its job is left out without it
 
 The job: from two lists of texts to the scores of the set, words split on the way by the same rule on both sides. Texts are drawn: words by a power law from 2,000, in each
-prediction a part of them replaced, left out or moved. One JSON: seconds (median of repeats in one process and one thread, the two in turn, the order turning), the ratio
-within each repeat (median, smallest, largest), and how far the scores lie apart. A job that is run alone replaces its entry in `--out` and leaves the others.
+prediction a part of them replaced, left out or moved. One JSON: seconds of one core (CPU time, so that what else runs on the machine does not count; median of repeats in
+one process, the two in turn, the order turning), the ratio within each repeat (median, smallest, largest), and how far the scores lie apart. A job that is run alone replaces its entry in `--out` and leaves the others.
 """
 import argparse, importlib.util, json, os, platform, statistics, sys, time
 from datetime import datetime, timezone
@@ -77,7 +77,7 @@ def measured(job, said, meant, repeats):
     for way in ways.values(): way(said[:20], meant[:20])   # imports are not counted
     for n in range(repeats):
         for way in (list(ways) if n % 2 == 0 else list(ways)[::-1]):
-            start = time.perf_counter(); scores[way] = ways[way](said, meant); seconds[way].append(time.perf_counter() - start)
+            start = time.process_time(); scores[way] = ways[way](said, meant); seconds[way].append(time.process_time() - start)
     ratios = [p/o for o, p in zip(seconds['petvlm'], seconds['peer'])]
     return {'peer': f'{package} {version(package)}', 'repeats': repeats, 'seconds': {w: round(statistics.median(s), 2) for w, s in seconds.items()},
             'speed_ratio': round(statistics.median(ratios), 1), 'spread': [round(min(ratios), 1), round(max(ratios), 1)],
