@@ -5,8 +5,10 @@
 # %% ../nbs/29_words.ipynb #97c0d546
 from __future__ import annotations
 import re, unicodedata
-from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -18,7 +20,8 @@ from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 from scipy import sparse
 
 # %% auto #0
-__all__ = ['TOKENIZERS', 'MetricError', 'unicode_words', 'nltk_words', 'ngram_counts', 'overlap', 'common_subsequence']
+__all__ = ['TOKENIZERS', 'MetricError', 'unicode_words', 'nltk_words', 'compounds', 'vietnamese_words', 'ngram_counts', 'overlap',
+           'common_subsequence']
 
 # %% ../nbs/29_words.ipynb #b101e9ed
 class MetricError(ValueError):
@@ -50,6 +53,46 @@ TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
     'nltk': nltk_words,
     'rouge-default': lambda text: rouge_words(text, None),            # keeps [a-z0-9] only
     'rouge-stem': lambda text: rouge_words(text, _stemmer)}           # the same, words of more than 3 letters stemmed (Porter)
+
+# %% ../nbs/29_words.ipynb #2a8f3838
+_TONES = {new: old for ours, theirs in (('òa óa ỏa õa ọa', 'oà oá oả oã oạ'), ('òe óe ỏe õe ọe', 'oè oé oẻ oẽ oẹ'), ('ùy úy ủy ũy ụy', 'uỳ uý uỷ uỹ uỵ')) for new, old in zip(ours.split(), theirs.split())}
+
+@lru_cache(1 << 16)
+def _entry(syllable): return syllable[:-2] + _TONES.get(syllable[-2:], syllable[-2:])
+
+def compounds(words: Iterable[str]) -> dict[str, bool]:
+    "What `words` of two syllables and more begin with (two syllables and more) -> whether a word ends there."
+    index = {}
+    for word in words:
+        parts = [_entry(s) for s in unicode_words(word)]
+        for n in range(2, len(parts) + 1): index[start] = index.get(start := ' '.join(parts[:n]), False) or n == len(parts)
+    return index
+
+@cache
+def _pyvi() -> dict[str, bool]:
+    spec = find_spec('pyvi')
+    file = Path(spec.submodule_search_locations[0])/'models'/'words.txt' if spec else None
+    if file is None or not file.is_file():
+        raise MetricError(f'tokenizer "vietnamese" needs the word list in the wheel of pyvi 0.1.1, found {file or "no pyvi"}: pip install --no-deps pyvi==0.1.1 (its code, which loads a pickle, is never imported)')
+    return compounds(file.read_text('utf-8').splitlines())
+
+# %% ../nbs/29_words.ipynb #40d0b5f3
+def vietnamese_words(text: str, index: dict[str, bool] | None = None) -> list[str]:
+    """Words of a Vietnamese `text`: from the left the longest of the list (`compounds`; default that of pyvi 0.1.1), its syllables joined by `_`, all else as in `unicode_words`.
+    Raises `MetricError` where the list is not installed."""
+    index, text, out, at = _pyvi() if index is None else index, unicodedata.normalize('NFC', text).lower(), [], 0
+    found = list(_word.finditer(text))
+    keys, goes_on = [_entry(m[0]) for m in found], [not text[a.end():b.start()].strip() for a, b in zip(found, found[1:])] + [False]   # only blanks before the next
+    while at < len(found):
+        start, n, end = keys[at], 1, 1
+        while goes_on[at + n - 1] and (ends := index.get(start := f'{start} {keys[at + n]}')) is not None:
+            n += 1
+            if ends: end = n
+        out.append('_'.join(m[0] for m in found[at:at + end]))
+        at += end
+    return out
+
+TOKENIZERS['vietnamese'] = vietnamese_words
 
 # %% ../nbs/29_words.ipynb #ab72b7f9
 def ngram_counts(texts: Sequence[list[str]], order: int = 4) -> list[sparse.csr_array]:

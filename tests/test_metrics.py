@@ -14,7 +14,7 @@ from petvlm.metric_bleu import counts
 from petvlm.metric_meteor import NoSynonyms, WordNet, meteor
 from petvlm.metric_rouge import f_measure, rouge_l_coco
 from petvlm.metrics import METRICS, MODULES, MetricError, TOKENIZERS, label_of, load_metric, score, score_each, statistics, tokenizer_of
-from petvlm.words import common_subsequence, ngram_counts, overlap
+from petvlm.words import common_subsequence, compounds, ngram_counts, overlap, vietnamese_words
 
 HERE = Path(__file__).parent
 REPORTS = HERE.parent.parent / 'shared/data/reports_vi/pairs.json'
@@ -135,6 +135,39 @@ def test_rouge_l_of_several_references_takes_the_best_of_each():
     said, one, other = 'a b c d'.split(), 'a b'.split(), 'a b c x y z w v'.split()   # 2 of 4 and all 2; 3 of 4 and 3 of 8
     assert rouge_l_coco(said, [one, other]) == pytest.approx(2.44 * .75 * 1 / (1 + 1.44 * .75)) and rouge_l_coco(said, [['x']]) == rouge_l_coco([], [one]) == 0
     assert rouge_l_coco(said, [other]) == pytest.approx(f_measure(np.array([3.]), np.array([4.]), np.array([8.]), 1.2)[0])
+
+# Vietnamese words
+
+def test_vietnamese_words_are_the_longest_of_the_list():
+    index = compounds(['hình ảnh', 'tuyến thượng thận', 'thượng thận', 'chuyển hoá', 'phổi', 'a b c d'])
+    assert vietnamese_words('Hình ảnh tuyến thượng thận TRÁI', index) == ['hình_ảnh', 'tuyến_thượng_thận', 'trái']
+    assert vietnamese_words('hình, ảnh. tuyến (thượng thận) phổi', index) == ['hình', 'ảnh', 'tuyến', 'thượng_thận', 'phổi']   # a sign ends a word
+    assert vietnamese_words('a b c hình ảnh a b c d', index) == ['a', 'b', 'c', 'hình_ảnh', 'a_b_c_d']                       # a beginning that leads nowhere is given back
+    assert vietnamese_words('', index) == vietnamese_words(' .,', index) == []
+
+def test_both_places_of_the_tone_mark_and_both_forms_find_the_word():
+    import unicodedata
+    for listed in ('chuyển hoá', 'chuyển hóa'):
+        index = compounds([listed])
+        for text in ('chuyển hoá', 'chuyển hóa', unicodedata.normalize('NFD', 'Chuyển  hóa')): assert [w.replace('hoá', 'hóa') for w in vietnamese_words(text, index)] == ['chuyển_hóa']
+    assert vietnamese_words('chuyển hòa', compounds(['chuyển hoá'])) == ['chuyển', 'hòa']   # another tone is another word
+
+def test_the_list_is_read_as_text_and_its_absence_said(tmp_path, monkeypatch):
+    from petvlm import words
+    monkeypatch.setattr(words, 'find_spec', lambda name: None)
+    words._pyvi.cache_clear()
+    with pytest.raises(MetricError, match='pip install --no-deps pyvi==0.1.1'): score(['phổi'], ['phổi'], ('rouge1',), 'vietnamese')
+    (tmp_path / 'models').mkdir()
+    (tmp_path / 'models/words.txt').write_text('phổi\nkích thước\n')
+    (tmp_path / '__init__.py').write_text('raise SystemExit("the package was imported")')
+    monkeypatch.setattr(words, 'find_spec', lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    got = score(['kích thước lớn'], ['kích thước nhỏ'], ('rouge1', 'rouge2'), 'vietnamese')
+    words._pyvi.cache_clear()
+    assert dict(got) == {'rouge1': 50, 'rouge2': 0} and got.tokenizers['rouge1'] == 'vietnamese'
+
+@pytest.mark.skipif(not importlib.util.find_spec('pyvi'), reason='pyvi is not installed (pip install --no-deps pyvi==0.1.1)')
+def test_the_real_list_knows_the_words_of_a_report():
+    assert vietnamese_words('Hình ảnh tăng chuyển hóa FDG ở tuyến thượng thận trái, kích thước 14 mm.') == 'hình_ảnh tăng chuyển_hóa fdg ở tuyến_thượng_thận trái kích_thước 14 mm'.split()
 
 # real reports
 
