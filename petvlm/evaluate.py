@@ -4,7 +4,7 @@
 
 # %% ../nbs/35_evaluate.ipynb #062704e2
 from __future__ import annotations
-import functools, hashlib, json, logging, platform, subprocess
+import dataclasses, functools, hashlib, json, logging, platform, subprocess
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from .reports import report_request
 from .rows import ask, kind_of, parse
 from .train import load_point, views
 from .vlm import PetVLM
+from .weights import weight_hashes
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +109,10 @@ def revision(root: Path) -> str:
     return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no', 'petvlm', 'params.yaml').stdout.strip() else '')
 
 def provenance(cfg: Config, where: Paths, node: str) -> dict:
-    "What a result depends on: run, data hash, parameter hash, code revision, library versions."
+    "What a result depends on: run, data hash, parameter hash, code revision, library versions, hashes of the weights."
     data = hashlib.sha256((where.prepared(cfg.data)/'rows.jsonl').read_bytes()).hexdigest()[:12]
     return {'run': node, 'key': next(reversed(chain(cfg).values()), ''), 'data_hash': data, 'params_hash': digest(cfg), 'revision': revision(where.root),
-            'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}}
+            'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}, 'weights': weight_hashes(cfg, where)}
 
 # %% ../nbs/35_evaluate.ipynb #1943c88e
 def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
@@ -152,7 +153,7 @@ def _retrieval(model, processor, rows: Rows, cfg: Config) -> tuple[dict, list]:
     return judge_retrieval(found, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
 
 def evaluate_point(point: str, where: Paths) -> list[dict]:
-    "Write `results.json` and `predictions.jsonl` of a trained or served point, every task and arm; returns the results."
+    "Write `results.json`, `predictions.jsonl` and `parameters.json` (all that `params_hash` is of) of a trained or served point, every task and arm; returns the results."
     cfg, folder = resolve(point, where.scale), where.results(point)
     rows, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), [], []
     if served(cfg): model, processor, speak, node = None, None, endpoint_writer(cfg, folder/'asked'), f"{cfg.lm.args['model']} (served)"
@@ -164,6 +165,7 @@ def evaluate_point(point: str, where: Paths) -> list[dict]:
         judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
         results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
     folder.mkdir(parents=True, exist_ok=True)
+    (folder/'parameters.json').write_text(json.dumps(dataclasses.asdict(cfg), indent=1, ensure_ascii=False), encoding='utf-8')
     (folder/'results.json').write_text(json.dumps(results, ensure_ascii=False), encoding='utf-8')
     (folder/'predictions.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in lines), encoding='utf-8')
     return results

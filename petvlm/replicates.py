@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np, pandas as pd
 from .config import replicate_of
 from .facts import FactError, present, statistic_of, sums_of
+from .lesionfacts import LESION_METRICS
 
 # %% auto #0
 __all__ = ['SAME', 'ReplicateError', 'families', 'hierarchical', 'pool', 'difference', 'seeds_table']
@@ -51,6 +52,10 @@ def _summary(values: np.ndarray, resampled: np.ndarray, level: float) -> dict:
     lo, hi = np.nanquantile(resampled, [(1 - level)/2, (1 + level)/2]) if not np.isnan(resampled).all() else (math.nan, math.nan)
     return {'value': float(values.mean()), 'sd': float(values.std(ddof=1)) if len(values) > 1 else math.nan, 'lo': float(lo), 'hi': float(hi), 'seeds': len(values), 'values': values.tolist()}
 
+def _p(resampled: np.ndarray) -> float:
+    "Two-sided p of no difference, as in `petvlm.facts.paired_bootstrap`."
+    return float(min(1., 2*(1 + min((resampled <= 0).sum(), (resampled >= 0).sum()))/(len(resampled) + 1)))
+
 def hierarchical(rows: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], n: int = 2000, seed: int = 0, level: float = .95) -> dict:
     """Mean over seeds of `statistic`, standard deviation over seeds, and the percentile interval of the mean when seeds and patients are resampled: `{'value', 'sd', 'lo', 'hi', 'seeds', 'values'}`; sd is nan for one seed.
 
@@ -72,7 +77,7 @@ def _joined(family: Sequence[dict], key: str) -> str: return '+'.join(dict.fromk
 
 def _pooled(family: Sequence[dict], n: int, seed: int) -> dict:
     _comparable(family)
-    found = {m: hierarchical(_rows(family, m), statistic_of(m), n, seed) for m in family[0]['metrics'] if all(m in r['metrics'] for r in family)}
+    found = {m: hierarchical(_rows(family, m), statistic_of(m, LESION_METRICS), n, seed) for m in family[0]['metrics'] if all(m in r['metrics'] for r in family)}
     source = family[0].get('provenance', {}) | {k: _joined(family, k) for k in ('run', 'params_hash', 'revision')} | {'replicates': [r.get('provenance', {}) for r in family]}
     kept = {k: v for k, v in family[0].items() if k != 'per_patient'}
     return kept | {'metrics': {m: e for m, e in found.items() if not np.isnan([e['value'], e['lo'], e['hi']]).any()}, 'provenance': source, 'replicates': list(family)}
@@ -93,18 +98,20 @@ def _seeds(result: dict) -> tuple[list[int], list[dict]]:
     return [replicate_of(r['point'])[1] for r in family], family
 
 def difference(a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0, level: float = .95) -> dict:
-    "`metric` of `a` minus that of `b`, results as `pool` gives them (of one seed or several): `{'value', 'sd', 'lo', 'hi', 'seeds', 'values', 'paired'}`; without pairs of seeds, sd is nan and values are empty. Raises `ReplicateError` for other patients."
+    "`metric` of `a` minus that of `b`, results as `pool` gives them (of one seed or several): `{'value', 'sd', 'lo', 'hi', 'seeds', 'values', 'p', 'paired'}`; without pairs of seeds, sd is nan and values are empty. Raises `ReplicateError` for other patients."
     (ka, fa), (kb, fb) = _seeds(a), _seeds(b)
     for r in (*fa, *fb):
         if 'per_patient' not in r or r['per_patient']['patients'] != fa[0].get('per_patient', {}).get('patients'): raise ReplicateError(f"{r['point']}: its sums per patient are missing, or of other patients than those of {fa[0]['point']}; evaluate both again on the same data")
-    rows, statistic = _rows([*fa, *fb], metric), statistic_of(metric)
+    rows, statistic = _rows([*fa, *fb], metric), statistic_of(metric, LESION_METRICS)
     often, shares = _draws(n, len(fa), len(rows[0]), seed)
     scores, values = np.stack([statistic(often @ r) for r in rows], 1), np.array([float(statistic(r.sum(0))) for r in rows])
     S = len(fa)
-    if ka == kb: return _summary(values[:S] - values[S:], _around(scores[:, :S] - scores[:, S:], shares), level) | {'paired': True}
+    if ka == kb:
+        resampled = _around(scores[:, :S] - scores[:, S:], shares)
+        return _summary(values[:S] - values[S:], resampled, level) | {'p': _p(resampled), 'paired': True}
     other = _draws(n, len(fb), len(rows[0]), seed + 1)[1]
     resampled = _around(scores[:, :S], shares) - _around(scores[:, S:], other)
-    return _summary(np.array([values[:S].mean() - values[S:].mean()]), resampled, level) | {'seeds': min(S, len(fb)), 'values': [], 'paired': False}
+    return _summary(np.array([values[:S].mean() - values[S:].mean()]), resampled, level) | {'seeds': min(S, len(fb)), 'values': [], 'p': _p(resampled), 'paired': False}
 
 # %% ../nbs/31f_replicates.ipynb #2108a4aa
 def seeds_table(results: Sequence[dict], metrics: Sequence[str] | None = None) -> pd.DataFrame:

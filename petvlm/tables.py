@@ -15,6 +15,7 @@ from .believe import holm
 from .facts import paired_bootstrap, present, statistic_of, sums_of
 from .lesionfacts import LESION_METRICS
 from .metrics import METRICS
+from .replicates import difference as between_seeds
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'TABLES', 'SCORES', 'FACTS', 'LABELS', 'SHOWN', 'RESULT', 'LEVEL', 'WIDE', 'TableError', 'load_published',
@@ -143,7 +144,10 @@ def _independent(a, b, metric):
     return Difference(d, lo, hi, float(2*norm.sf(abs(d)/(hi - lo)*3.92)) if hi > lo else float(d == 0))
 
 def difference(a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0) -> Difference:
-    "`metric` of result `a` minus that of `b`, with its 95 % interval and p: paired over patients where both results hold the same patients' sums."
+    "`metric` of result `a` minus that of `b`, with its 95 % interval and p: paired over patients where both results hold the same patients' sums, and over seeds where both were trained with several (`petvlm.replicates.pool`)."
+    if 'replicates' in a or 'replicates' in b:
+        d = between_seeds(a, b, metric, n, seed)
+        return Difference(d['value'], d['lo'], d['hi'], d['p'])
     one, other = (r.get('per_patient', {}) for r in (a, b))
     return _paired(a, b, metric, n, seed) if one and one.get('patients') == other.get('patients') else _independent(a, b, metric)
 

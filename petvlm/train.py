@@ -230,7 +230,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
     items = Items(split(stage.split), stage.steps*stage.batch*stage.accumulate, cfg.seed + list(cfg.stages).index(stage.name), images, stage.lattice or model.lattices,
                   head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift, truth=bool(stage.objective.get('match')))
-    if stage.objective.get('lm'): items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
+    if stage.objective.get('lm') and not stage.lora: items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
     report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)
