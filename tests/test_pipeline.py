@@ -67,7 +67,7 @@ def test_every_arm_is_in_the_table_of_lesions_and_errors_are_injected(clone):
     lesions = pd.read_csv(clone/'tables/smoke/lesions.csv')
     assert set(lesions['point']) == set(QUICK) and set(lesions.loc[lesions['point'] == 'vipet', 'arm']) >= {'real', 'pet_only', 'ct_only', 'constant'} and lesions['lesion_missed_per_patient'].notna().all()
     for language in ('vi', 'en'):
-        seen = pd.read_csv(clone/f'tables/believe/detected_{language}.csv', index_col='kind')['seen']
+        seen = pd.read_csv(clone/f'tables/believe-smoke/detected_{language}.csv', index_col='kind')['seen']
         assert seen.drop(['none', 'all_normal']).min() > .9 and seen['none'] < .05
 
 @pytest.mark.parametrize('name', ['regions-vi', 'radiographs-en'])
