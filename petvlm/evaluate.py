@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from .config import Config, Paths, digest, resolve
 from .graph import chain, last_nodes, lineage, plan
 from .datasets import Rows
+from .files import atomic
 from .facts import judge, judge_choices, judge_retrieval
 from .endpoint import endpoint_writer, served
 from .findings import Finding, Study
@@ -165,9 +166,9 @@ def evaluate_point(point: str, where: Paths) -> list[dict]:
         judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
         results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'parameters.json').write_text(json.dumps(dataclasses.asdict(cfg), indent=1, ensure_ascii=False), encoding='utf-8')
-    (folder/'results.json').write_text(json.dumps(results, ensure_ascii=False), encoding='utf-8')
-    (folder/'predictions.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in lines), encoding='utf-8')
+    tell = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    written = {'parameters.json': tell(dataclasses.asdict(cfg), indent=1), 'predictions.jsonl': '\n'.join(map(tell, lines)), 'results.json': tell(results)}
+    for name, text in written.items(): atomic(folder/name, lambda p, text=text: p.write_text(text, encoding='utf-8'))
     return results
 
 def summary(results: list[dict]) -> pd.DataFrame:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 import pandas as pd
+from .files import atomic
+from .paper import piped
 
 # %% auto #0
 __all__ = ['BLOCKS', 'ARM_NAMES', 'lesion_table', 'lesions_markdown', 'write_lesions']
@@ -41,9 +43,8 @@ def _block(table: pd.DataFrame, title: str, metrics: dict[str, str]) -> list[str
     there = [m for m in metrics if m in table]
     rows = table[table[there].notna().any(axis=1)] if there else table[:0]
     if rows.empty: return []
-    line = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-    cells = lambda r: line([r['point'], ARM_NAMES[r['arm']], *(_cell(r, m) for m in there), r['reports']])
-    return [f'*{title}*', '', line(['System', 'Given', *(metrics[m] for m in there), 'reports']), line(['---']*(len(there) + 3)), *(cells(r) for _, r in rows.iterrows()), '']
+    text = pd.DataFrame({'System': rows['point'], 'Given': rows['arm'].map(ARM_NAMES), **{metrics[m]: [_cell(r, m) for _, r in rows.iterrows()] for m in there}, 'reports': rows['reports']})
+    return piped(text, title)
 
 def lesions_markdown(table: pd.DataFrame) -> str:
     "`lesion_table` in Markdown, in blocks, with what the columns mean."
@@ -55,5 +56,5 @@ def write_lesions(table: pd.DataFrame, folder: str | Path) -> list[Path]:
     "Write `lesions.csv` (everything, four decimals) and `lesions.md` into `folder`."
     paths = [Path(folder)/'lesions.csv', Path(folder)/'lesions.md']
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for path, text in zip(paths, (table.to_csv(index=False, lineterminator='\n', float_format='%.4f'), lesions_markdown(table))): path.write_text(text, encoding='utf-8')
+    for path, text in zip(paths, (table.to_csv(index=False, lineterminator='\n', float_format='%.4f'), lesions_markdown(table))): atomic(path, lambda p, text=text: p.write_text(text, encoding='utf-8'))
     return paths

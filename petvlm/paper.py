@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import pandas as pd
+from .files import atomic
 from .tables import FACTS, LABELS, WIDE, group_label, parts_of
 
 # %% auto #0
-__all__ = ['ENDS', 'WRITERS', 'printed', 'blocks', 'to_latex', 'to_markdown', 'write_table']
+__all__ = ['ENDS', 'WRITERS', 'printed', 'blocks', 'to_latex', 'piped', 'to_markdown', 'write_table']
 
 # %% ../nbs/32a_paper.ipynb #cb6b8776
 def _shown(x, digits) -> str: return '–' if x is None or pd.isna(x) else f'{x:.{digits}f}'
@@ -65,14 +66,14 @@ def to_latex(table: pd.DataFrame) -> str:
     return '\n'.join([r'\begin{table*}', rf'\caption{{{caption}}}', rf"\label{{tab:{table.attrs['name']}}}", *([r'\scriptsize'] if len(texts) > 1 else []), *pieces, r'\end{table*}', ''])
 
 # %% ../nbs/32a_paper.ipynb #7af13696
-def _pipes(text: pd.DataFrame, title: str) -> list[str]:
-    "Lines of one piece in Markdown."
+def piped(text: pd.DataFrame, title: str = '') -> list[str]:
+    "The lines of a table of text in Markdown, under its title."
     line = lambda cells: '| ' + ' | '.join(str(c).replace('\\', '\\\\').replace('|', '\\|') for c in cells) + ' |'
     return [*([f'*{title}*', ''] if title else []), line(text.columns), line(['---'] * text.shape[1]), *(line(r) for r in text.itertuples(index=False)), '']
 
 def to_markdown(table: pd.DataFrame) -> str:
     "A Markdown table, in blocks where it is wide, with its caption above and the paper's caveats below."
-    pieces = [line for title, text in blocks(table).items() for line in _pipes(text, title)]
+    pieces = [line for title, text in blocks(table).items() for line in piped(text, title)]
     return '\n'.join([f"**{table.attrs['caption']}**", '', *pieces, *(f'- {n}' for n in table.attrs['notes']), ''])
 
 # %% ../nbs/32a_paper.ipynb #26bf215d
@@ -83,5 +84,5 @@ def write_table(table: pd.DataFrame, folder: str | Path) -> list[Path]:
     "Write `<name>.csv`, `.md` and `.tex` into `folder` (made if absent)."
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder) / f"{table.attrs['name']}.{end}" for end in WRITERS]
-    for path, make in zip(paths, WRITERS.values()): path.write_text(make(table), encoding='utf-8')
+    for path, make in zip(paths, WRITERS.values()): atomic(path, lambda p, text=make(table): p.write_text(text, encoding='utf-8'))
     return paths
