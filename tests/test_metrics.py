@@ -295,6 +295,11 @@ def test_bleu_of_each_pair_is_that_of_hugging_face(both, order):
 def test_corpus_bleu_by_tokenizer_is_sacrebleus(both, group, tokenizer):
     assert score(*sides(both['pairs'][GROUPS[group]]), ('bleu4',), tokenizer)['bleu4'] == pytest.approx(both['sacrebleu'][group][tokenizer], abs=1e-6)
 
+@pytest.mark.parametrize('group', GROUPS)
+def test_chrf_and_ter_are_sacrebleus(both, group):
+    got = score(*sides(both['pairs'][GROUPS[group]]), ('chrf', 'ter'))
+    assert dict(got) == pytest.approx({m: both['sacrebleu'][group][m] for m in ('chrf', 'ter')}, abs=1e-6)
+
 @pytest.mark.parametrize('key,prepare', [('cider', str), ('cider_tokenised', spaced)])
 @pytest.mark.parametrize('group', GROUPS)
 def test_cider_is_that_of_pycocoevalcap(both, group, key, prepare):
