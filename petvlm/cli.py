@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse, json, os, re, subprocess, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
@@ -19,6 +20,7 @@ from .sources import SourceError
 from .suv import DicomError
 from .tasks import HELD
 from .viewer import clean
+from .warm import warm
 
 # %% auto #0
 __all__ = ['ALWAYS', 'PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
@@ -75,9 +77,12 @@ def lanes() -> int:
 
 PASSING = ('Unable to acquire lock', 'is busy', 'Kernel died before replying')    # a kernel whose port was taken between choosing and binding it
 
-def _dvc(targets: list[str], threads: int, root: Path, tries: int = 60) -> int:
-    "One `dvc repro` with `threads` per process; tries again where another one holds the repository's lock, or a kernel did not start."
-    env = HELD | os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+def _threads(n: int) -> dict[str, str]:
+    "The environment of a process that computes with `n` threads."
+    return HELD | os.environ | {k: str(n) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+
+def _dvc(targets: list[str], env: dict[str, str], root: Path, tries: int = 60) -> int:
+    "One `dvc repro` in the environment `env`; tries again where another one holds the repository's lock, or a kernel did not start."
     for _ in range(tries):
         run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         busy = False
@@ -103,9 +108,11 @@ def repro(jobs: int = 0) -> int:
     params, systems, sets = load_params(root/'params.yaml'), {}, {}
     for point, spec in params['points'].items():
         systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'audit@{resolve(point, params=params).data.name}'] = None      # prepares, then audits: a leak stops here, before anything is trained
-    if code := _dvc(list(sets), cores, root): return code            # while one reads `data/`, DVC lets no other run pass it
-    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, max(1, cores//jobs), root), [*systems.values(), ['believe']]))
-    return max(codes) or _dvc([], cores, root)
+    if code := _dvc(list(sets), _threads(cores), root): return code            # while one reads `data/`, DVC lets no other run pass it
+    env = _threads(max(1, cores//jobs))
+    with nullcontext({}) if jobs == 1 else warm(env=env) as forks, ThreadPoolExecutor(jobs) as pool:      # one lane: a GPU, whose driver does not survive a fork
+        codes = list(pool.map(lambda targets: _dvc(targets, env | forks, root), [*systems.values(), ['believe']]))
+    return max(codes) or _dvc([], _threads(cores), root)
 
 # %% ../nbs/40_cli.ipynb #1e2ac6d0
 def make_data_folder() -> None:
