@@ -8,15 +8,17 @@
 Ways: `sdpa` plain, no loss; `off` the registered function without a recorder; `channels` one region; `many` 8 regions; `eager` the same loss of one region from maps (up to --most-maps tokens);
 `wide`, `wide_many` channels through SDPA, padded to a multiple of 8, as on GPUs; `two`, `two_many` plain attention and a second call for the channels.
 
-One JSON, a row per head width and length: seconds of a step (forward, backward; interleaved rounds: median, fastest, slowest, and ratios to plain SDPA within each round), peak memory of a process that does one step, its rise over the loaded model, both with ratios;
+One JSON, a row per head width and length (`--second`: the longest of the second width; above `--alone` tokens each step has a process of its own): seconds of a step (forward, backward; of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, and ratios to plain SDPA within each round), peak memory of a process that does one step, its rise over the loaded model, both with ratios;
 what FLOPs alone would cost (`limit`), and how far loss and gradients lie from the eager ones, which is asserted.
 """
 
+import os, time
 from types import SimpleNamespace
 import harness
 
 WAYS = {'sdpa': ('sdpa', 0), 'off': ('petvlm_mass', 0), 'channels': ('petvlm_mass', 1), 'many': ('petvlm_mass', 8), 'eager': ('eager', 1),   # way -> attention, regions
         'wide': ('wide', 1), 'wide_many': ('wide', 8), 'two': ('two', 1), 'two_many': ('two', 8)}
+CLOCK = time.process_time if os.environ.get('OMP_NUM_THREADS') == '1' else time.perf_counter    # of one thread: its own time, whatever else the machine does
 GAP = 1e-4    # of the largest gradient: channels against maps
 
 
@@ -119,11 +121,11 @@ def times(s, ways):
     s = SimpleNamespace(**s)
     model, data = build(s)
     short = batch(s, min(s.length, 2*s.image_tokens))
-    agreed = agree(s, model, data if s.length <= 2048 else short, ways) if 'eager' in ways else None
+    agreed = agree(s, model, data if s.length <= 1024 else short, ways) if 'eager' in ways else None
     for way in ways: prepared(way, model); step(way, model, short)                # every kernel once
     before = lambda way: prepared(way, model)
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048), before=before, sync=sync, most=s.most)
+    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
     return {'seconds': seconds, 'agree': agreed}
 
 
@@ -132,8 +134,8 @@ def memory(s, way):
     s = SimpleNamespace(**s)
     model, data = build(s)
     prepared(way, model)
-    with harness.peak(s.device) as m: step(way, model, data)
-    return m
+    with harness.peak(s.device) as m: start = CLOCK(); step(way, model, data); seconds = CLOCK() - start
+    return m | {'seconds': seconds}
 
 
 def limit(s, regions):
@@ -143,18 +145,27 @@ def limit(s, regions):
     return (linear + product*(2*(1 + (regions + 1)/s['head']) + 5*(1 + 1/s['head'])))/(linear + 7*product)
 
 
+def calls(s, ways, alone):
+    "What is asked for one row: long sequences are timed where their memory is, in two rounds of processes."
+    each = [('memory', {'s': s, 'way': w}) for w in ways]
+    return each + each[::-1] if s['length'] > alone else [('times', {'s': s, 'ways': ways}), *each]
+
+
 def row(s, ways, results):
-    timed, peaks = results[0], dict(zip(ways, results[1:]))
+    if len(results) > len(ways) + 1:
+        peaks, again = dict(zip(ways, results)), dict(zip(ways, results[::-1]))
+        timed = {'seconds': {w: [peaks[w]['seconds'], again[w]['seconds']] for w in ways}, 'agree': None}
+    else: timed, peaks = results[0], dict(zip(ways, results[1:]))
     first, found = ways[0], harness.against(timed['seconds'])
     for w in ways:
-        found[w] |= peaks[w] | {'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[first]['rise_mb']}
+        found[w] |= {k: v for k, v in peaks[w].items() if k != 'seconds'} | {'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[first]['rise_mb']}
         if w in ('channels', 'many'): found[w]['limit'] = limit(s, WAYS[w][1])
     return {'head': s['head'], 'tokens': s['length'], 'ways': found, 'agree': timed['agree']}
 
 
 def main(argv=None):
     def add(p):
-        for name, default in dict(layers=2, width=512, image_tokens=256, batch=1, group=1, most_maps=2048).items(): p.add_argument(f'--{name.replace("_", "-")}', type=int, default=default)
+        for name, default in dict(layers=1, width=512, image_tokens=256, batch=1, group=1, most_maps=2048, alone=4096, second=4096).items(): p.add_argument(f'--{name.replace("_", "-")}', type=int, default=default)
         p.add_argument('--lengths', type=int, nargs='+', default=[512, 1024, 2048, 4096, 8192])
         p.add_argument('--heads', type=int, nargs='+', default=[64, 128], help='widths of a head; the number of heads is width / head')
         p.add_argument('--ways', nargs='+', choices=WAYS, default=['sdpa', 'channels', 'many', 'eager'], help='the first one is what ratios refer to')
@@ -163,11 +174,12 @@ def main(argv=None):
     a = harness.options(__doc__, __file__, argv, quick=dict(repeats=2, lengths=[512, 1024], layers=1, heads=[64], most=4.), add=add)
     wanted = []
     for head in a.heads:
-        for length in a.lengths:
+        for length in [n for n in a.lengths if head == a.heads[0] or n <= a.second]:
             s = {k: getattr(a, k) for k in ('layers', 'width', 'image_tokens', 'batch', 'group', 'repeats', 'most', 'device', 'dtype')} | {'head': head, 'length': length}
             wanted.append((s, [w for w in a.ways if w != 'eager' or length <= a.most_maps]))
-    results = iter(harness.apart(__file__, [call for s, ways in wanted for call in (('times', {'s': s, 'ways': ways}), *(('memory', {'s': s, 'way': w}) for w in ways))]))
-    rows = [row(s, ways, [next(results) for _ in range(1 + len(ways))]) for s, ways in wanted]
+    asked = [calls(s, ways, a.alone) for s, ways in wanted]
+    results = iter(harness.apart(__file__, [call for each in asked for call in each]))
+    rows = [row(s, ways, [next(results) for _ in each]) for (s, ways), each in zip(wanted, asked)]
     harness.show([{'head': r['head'], 'tokens': r['tokens'], 'way': w, **v} for r in rows for w, v in r['ways'].items()],
                  {'head': 'd', 'tokens': 'd', 'way': 's', 'seconds': '.3f', 'time_ratio': '.3f', 'ratio_min': '.3f', 'ratio_max': '.3f', 'limit': '.3f', 'peak_mb': '.0f', 'memory_ratio': '.3f', 'rise_ratio': '.3f'})
     harness.write(a, 'alignment loss, one training step', rows)

@@ -5,14 +5,15 @@
     torchrun --nproc-per-node 8 benchmarks/contrast.py --here --device cuda      # on the GPUs that are there; rank 0 prints
 
 `plain`: embeddings of all processes gathered (with gradient), one table of similarities, autograd. `ours`: `petvlm.exchange`. `pairs` is the global batch; each of P processes has pairs/P. A step is loss and gradient on both embeddings and on what learns beside them.
-One JSON, a row per number of processes, pairs and loss: seconds (interleaved rounds, slowest process: median, fastest, slowest, ratios to `plain` within each round), what a step adds to the memory of a process (largest of all), both with ratios, the bytes of one table (`table_mb`), and how far losses and
-gradients lie apart (asserted below 1e-5 of the largest entry). Several processes on fewer cores share them: then seconds are those of all their work together.
+One JSON, a row per number of processes, pairs and loss: seconds (where OMP_NUM_THREADS is 1 of the one thread's own time, waiting for messages not counted; interleaved rounds, slowest process: median, fastest, slowest, ratios to `plain` within each round), what a step adds to the memory of a process (largest of all), both with ratios, the bytes of one table (`table_mb`), and how far losses and
+gradients lie apart (asserted below 1e-5 of the largest entry).
 """
-import json, os, subprocess, sys, tempfile
+import json, os, sys, tempfile, time
 from pathlib import Path
 import harness
 
 LOSSES = ('siglip', 'clip')
+CLOCK = time.process_time if os.environ.get('OMP_NUM_THREADS') == '1' else time.perf_counter    # of one thread: its own time, whatever else the machine does
 
 
 def ready(): import torch, torch.distributed, petvlm.exchange  # noqa: F401
@@ -21,6 +22,8 @@ def ready(): import torch, torch.distributed, petvlm.exchange  # noqa: F401
 def gathered(x):
     "The rows of all processes, through which gradients come home."
     import torch, torch.distributed as dist
+    import warnings
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)      # its successors differ between versions of torch
     from torch.distributed.nn.functional import all_gather
     return torch.cat(all_gather(x)) if dist.is_initialized() else x
 
@@ -65,11 +68,12 @@ def measured(loss, pairs, width, repeats, most, device='cpu'):
     apart = difference(step(loss, 'ours', given), step(loss, 'plain', given))
     assert apart < 1e-5, f'{loss}, {pairs} pairs: {apart}'
     wait = (lambda: dist.barrier()) if several else torch.cuda.synchronize if device == 'cuda' else None
-    return {'seconds': harness.interleaved({w: (lambda w=w: step(loss, w, given)) for w in ('plain', 'ours')}, repeats, warm=0, sync=wait, most=None if several else most), 'apart': apart}
+    return {'seconds': harness.interleaved({w: (lambda w=w: step(loss, w, given)) for w in ('plain', 'ours')}, repeats, warm=0, sync=wait, most=None if several else most, clock=CLOCK if device == 'cpu' else time.perf_counter), 'apart': apart}
 
 
 def added(loss, pairs, width, way, device='cpu'):
     given = inputs(pairs, width, device)
+    if not os.environ.get('WORLD_SIZE'): step(loss, way, inputs(16, 4, device))       # workspaces of the libraries are there before
     with harness.peak(device) as m: step(loss, way, given)
     return m
 

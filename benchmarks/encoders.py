@@ -7,12 +7,14 @@
 Ways: `plain` three-dimensional convolutions, attention with its maps, one bias per pair of places; `ours` petvlm's encoder; `checkpointing` petvlm's, blocks computed again in the backward pass; `compiled` petvlm's under torch.compile (needs a compiler).
 
 DCFormer as published ('small'); CT-ViT and ViT3D at their published widths with patches of 8 x 16 x 16 and `--depth` layers (published: 4 + 4 and 12; every layer costs the same). Batch 1 (4 at 32 x 64 x 64), float32. One JSON, a row per encoder, size and task (`forward`: inference; `step`: forward and backward in
-training mode): seconds (interleaved rounds: median, fastest, slowest, ratios to `plain` within each round), peak memory of a process that does it once, its rise over the loaded model. Outputs, and in a step gradients of every weight, are compared first: `apart`, relative to the largest entry, at most 1e-3 (asserted).
+training mode): seconds (of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, ratios to `plain` within each round), peak memory of a process that does it once, its rise over the loaded model. Outputs, and in a step gradients of every weight, are compared first: `apart`, relative to the largest entry, at most 1e-3 (asserted).
 """
+import os, time
 from types import SimpleNamespace
 import harness
 
 SIZES = [(32, 64, 64), (64, 128, 128), (128, 256, 256)]
+CLOCK = time.process_time if os.environ.get('OMP_NUM_THREADS') == '1' else time.perf_counter    # of one thread: its own time, whatever else the machine does
 APART = 1e-3     # float32 sums in another order through 13 blocks and as many batch norms
 
 
@@ -145,7 +147,7 @@ def times(s):
     for w in s.ways[1:]: apart[w] = difference(runs[w](), exact)
     assert all(d <= APART for d in apart.values()), f'{s.encoder} {s.task} {s.size}: outputs differ from the plain ones by {apart}'
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most), 'apart': apart}      # each has run once
+    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart}      # each has run once
 
 
 def memory(s, way):

@@ -152,7 +152,14 @@ def masses(self: AttentionMass) -> tuple[Tensor, Tensor]:
 # %% ../nbs/16_alignment.ipynb #f2fbf5d2
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward   # what SDPA calls on a CPU
 
-def _heads(x: Tensor, n: int) -> Tensor: return x if x.shape[1] == n else x.repeat_interleave(n//x.shape[1], 1)
+def _padded(x: Tensor, beside: Tensor | None, heads: int) -> Tensor:
+    "`x` (B, H_kv, S, d) for `heads` heads with `beside` (B, 1 or heads, S, n) and zeros after it, a multiple of 8 wide; not for autograd."
+    (b, kv, s, d), n = x.shape, 0 if beside is None else beside.shape[-1]
+    out = x.new_empty(b, s, heads, 8*math.ceil((d + n)/8)).transpose(1, 2)                         # rows of one position together, as SDPA has them
+    out[..., :d].unflatten(1, (kv, heads//kv)).copy_(x[:, :, None])
+    if n: out[..., d:d + n].copy_(beside)
+    out[..., d + n:].zero_()
+    return out
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
     "A mask that is added to the logits, from a bool one."
@@ -163,9 +170,11 @@ class _MassOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, channels, weights, mask, causal, scale):
         h, d, n = query.shape[1], value.shape[-1], channels.shape[-1]
-        q, k, v = _wide(query, None, d + n), _wide(_heads(key, h), None, d + n), _wide(_heads(value, h), channels, d + n)
+        nothing = torch.zeros_like(channels)
+        q, k, v = _padded(query, nothing, h), _padded(key, nothing, h), _padded(value, channels, h)
         out, lse = _CPU[0](q, k, v, 0., causal, attn_mask=_added(mask, q), scale=scale)
-        text, seen = (x.contiguous() for x in out.transpose(1, 2).split([d, n], -1))             # (B, S, H, d), (B, S, H, R + 1)
+        out = out.transpose(1, 2)
+        text, seen = out[..., :d].contiguous(), out[..., d:d + n].contiguous()                     # (B, S, H, d), (B, S, H, R + 1)
         ctx.save_for_backward(query, key, value, channels, weights, mask, text, seen, lse)
         ctx.causal, ctx.scale = causal, scale
         ctx.set_materialize_grads(False)
@@ -175,15 +184,14 @@ class _MassOnCPU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_text, d_mass):
         query, key, value, channels, weights, mask, text, seen, lse = ctx.saved_tensors
-        (b, h, s, d), kv = query.shape, key.shape[1]
+        (_, h, _, d), kv = query.shape, key.shape[1]
         d_text = torch.zeros_like(text) if d_text is None else d_text.contiguous()
-        k, v, width, told = _heads(key, h), _heads(value, h), d, (d_text, text)
+        extra = dict.fromkeys(('pad', 'v', 'out', 'd_out'))
         if d_mass is not None:
             pull, got = (x.float() @ d_mass[:, None, :, None] for x in (channels, seen))         # (B, 1, S, 1) per key, (B, S, H, 1) per query
-            give, width = (weights/h)[:, :, None, None].expand(b, s, h, 1), d + 1
-            query, k, v, told = _wide(query, None, width), _wide(k, None, width), _wide(v, pull, width), (torch.cat([d_text, give.to(text)], -1), torch.cat([text, got.to(text)], -1))
-        d_out, out = (x.transpose(1, 2) for x in told)
-        grads = (x[..., :d] for x in _CPU[1](d_out, query, k, v, out, lse, 0., ctx.causal, attn_mask=_added(mask, query), scale=ctx.scale))
+            extra = {'pad': torch.zeros_like(pull), 'v': pull, 'out': got.transpose(1, 2), 'd_out': (weights/h)[:, None, :, None]}
+        wide = [_padded(x, extra[k], h) for x, k in ((d_text.transpose(1, 2), 'd_out'), (query, 'pad'), (key, 'pad'), (value, 'v'), (text.transpose(1, 2), 'out'))]
+        grads = (x[..., :d] for x in _CPU[1](*wide, lse, 0., ctx.causal, attn_mask=_added(mask, query), scale=ctx.scale))
         d_query, *d_pairs = grads
         return (d_query, *(x if kv == h else x.unflatten(1, (kv, -1)).sum(2) for x in d_pairs), None, None, None, None, None)
 

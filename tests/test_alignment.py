@@ -214,7 +214,7 @@ def test_many_regions_need_one_channel_back(padding, monkeypatch):
     monkeypatch.setattr(alignment, '_CPU', tuple(lambda *a, k=k, **kw: widths.append(a[k].shape[-1]) or kernel[k](*a, **kw) for k in (0, 1)))
     ours = run(tiny('mistral', 'petvlm_mass'), data)
     same(ours, run(tiny('mistral', 'eager'), data, maps=True))
-    assert widths == [12 + 10]*3 + [12 + 1]*3                                                               # heads are 12 wide; three layers
+    assert widths == [24]*3 + [16]*3                                                                        # heads are 12 wide: 12 + 10 and 12 + 1, rounded up to 8; three layers
 
 
 def test_without_the_loss_nothing_is_widened_on_the_way_back(monkeypatch):
@@ -224,14 +224,14 @@ def test_without_the_loss_nothing_is_widened_on_the_way_back(monkeypatch):
     model = tiny('mistral', 'petvlm_mass')
     with attention_mass(regions, slots, supervised_queries(labels)) as mass: loss = lm_loss(model(ids, use_cache=False, attention_mass=mass).logits, labels)
     loss.backward()
-    assert widths == [12]*3 and mass.records
+    assert widths == [16]*3 and mass.records
 
 
 def test_little_is_kept_beyond_plain_attention():
     "What autograd keeps, storage by storage: the masses per query and head, no widened query, key, value or output."
     ids, _, slots, labels, regions = batch('none')
     def kept(implementation, **extra):
-        model, found = tiny(implementation, kv_heads=4), {}
+        model, found = tiny('mistral', implementation, kv_heads=4), {}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         def pack(x):
             if (s := x.untyped_storage()).data_ptr() not in own: found[s.data_ptr()] = (x, s.nbytes())       # the tensor itself, so that its place is not used again

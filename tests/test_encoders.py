@@ -119,7 +119,7 @@ def test_checkpointing_changes_no_number_and_keeps_less(name):
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('depthwise', [False, True])
 def test_axial_convolutions_are_three_conv3d_in_both_modes_and_directions(depthwise, stride):
-    layer, x = AxialConv(6, 6, 7, stride, depthwise), torch.randn(2, 6, 5, 4, 9, requires_grad=True)
+    layer, x = AxialConv(6, 6, 7, stride, depthwise), torch.randn(2, 6, 8, 13, 12, requires_grad=True)             # 1,248 voxels: by matrices where depthwise
     for _, norm in layer.axes: torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.running_mean); torch.nn.init.uniform_(norm.running_var, .5, 2)
     for mode in (True, False):
         layer.train(mode)
