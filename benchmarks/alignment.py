@@ -1,34 +1,73 @@
-"""The alignment loss side by side: plain SDPA, the registered function with the loss off, indicator channels, eager maps.
+"""The alignment loss side by side: a training step with it by indicator channels, the same step without it, and with it by eager attention maps.
 
-    python benchmarks/alignment.py                      # 6 layers, 512 wide, 8 heads, 256 image tokens; 1,024 and 2,048 tokens
-    python benchmarks/alignment.py --lengths 256 --repeats 2 --layers 2      # a quick look
-    python benchmarks/alignment.py --device cuda --dtype bfloat16
+    python benchmarks/alignment.py                                   # 512 to 8,192 tokens, 1 and 8 regions, heads 64 and 128 wide
+    python benchmarks/alignment.py --quick
+    python benchmarks/alignment.py --ways sdpa off wide_many two     # also: the function with the loss off; channels through SDPA; channels in a second call
+    python benchmarks/alignment.py --device cuda --dtype bfloat16 --layers 6 --width 4096 --ways sdpa channels many two_many
 
-One JSON: seconds per step (forward + backward; median of interleaved repeats in one process, the order turning, so that a busy machine slows all ways
-alike) and peak memory (a process per way and length), each with its ratio to plain SDPA, and how far loss and gradients lie from the eager ones.
-`time_ratio` is the median of the ratios within each round.
+Ways: `sdpa` plain, no loss; `off` the registered function without a recorder; `channels` one region; `many` 8 regions; `eager` the same loss of one region from maps (up to --most-maps tokens);
+`wide`, `wide_many` channels through SDPA, padded to a multiple of 8, as on GPUs; `two`, `two_many` plain attention and a second call for the channels.
+
+One JSON, a row per head width and length (`--second`: the longest of the second width; above `--alone` tokens each step has a process of its own): seconds of a step (forward, backward; of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, and ratios to plain SDPA within each round), peak memory of a process that does one step, its rise over the loaded model, both with ratios;
+what FLOPs alone would cost (`limit`), and how far loss and gradients lie from the eager ones, which is asserted.
 """
-import argparse, json, os, platform, resource, statistics, subprocess, sys, time
-from datetime import datetime, timezone
-from pathlib import Path
 
-WAYS = {'sdpa': 'sdpa', 'off': 'petvlm_mass', 'channels': 'petvlm_mass', 'eager': 'eager'}   # way -> attention implementation
+import os, time
+from types import SimpleNamespace
+import harness
+
+WAYS = {'sdpa': ('sdpa', 0), 'off': ('petvlm_mass', 0), 'channels': ('petvlm_mass', 1), 'many': ('petvlm_mass', 8), 'eager': ('eager', 1),   # way -> attention, regions
+        'wide': ('wide', 1), 'wide_many': ('wide', 8), 'two': ('two', 1), 'two_many': ('two', 8)}
+CLOCK = time.process_time if os.environ.get('OMP_NUM_THREADS') == '1' else time.perf_counter    # of one thread: its own time, whatever else the machine does
+GAP = 1e-4    # of the largest gradient: channels against maps
 
 
-def build(a, length):
+def ready():
+    import torch, transformers, petvlm.alignment  # noqa: F401
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    AttentionInterface.register('two', two); AttentionMaskInterface.register('two', sdpa_mask)
+    AttentionInterface.register('wide', wide); AttentionMaskInterface.register('wide', sdpa_mask)
+
+
+def wide(module, *a, **kw):
+    "The registered function where the CPU's kernel is not called by hand: what a GPU does."
+    import petvlm.alignment as ours
+    chosen, ours._cpu_kernel = ours._cpu_kernel, lambda *_, **__: False
+    try: return ours.petvlm_mass(module, *a, **kw)
+    finally: ours._cpu_kernel = chosen
+
+
+def two(module, query, key, value, attention_mask, scaling=None, attention_mass=None, **kw):
+    "Attention as it is, and a second call whose values are the channels alone."
+    from torch.nn import functional as F
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    channels = attention_mass.channels.to(value).expand(-1, value.shape[1], -1, -1)
+    seen, _ = sdpa_attention_forward(module, query, key, F.pad(channels, (0, value.shape[-1] - channels.shape[-1])), attention_mask, scaling=scaling, **kw)
+    attention_mass.record(module.layer_idx, attention_mass.average(seen))
+    return out, None
+
+
+def build(s):
     "The model, and one batch: ids, where the image stands, which positions are supervised, regions."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    import petvlm.alignment  # noqa: F401  (registers petvlm_mass)
     torch.manual_seed(0)
-    config = AutoConfig.for_model('mistral', vocab_size=512, hidden_size=a.width, intermediate_size=2*a.width, num_hidden_layers=a.layers,
-                                  num_attention_heads=a.heads, num_key_value_heads=a.kv_heads or a.heads, max_position_embeddings=length, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, a.dtype)).to(a.device).train()
-    position = torch.arange(length, device=a.device)[None].expand(a.batch, -1)
-    ids = torch.randint(4, 512, (a.batch, length), device=a.device)
-    slots = position < a.image_tokens
-    regions = (torch.rand(a.batch, a.regions, a.image_tokens, device=a.device) > .9).float()
-    return model, (ids, slots, ids.masked_fill(slots, -100), regions)
+    heads = s.width//s.head
+    config = AutoConfig.for_model('mistral', vocab_size=512, hidden_size=s.width, intermediate_size=2*s.width, num_hidden_layers=s.layers, num_attention_heads=heads,
+                                  num_key_value_heads=heads//s.group, max_position_embeddings=s.length, sliding_window=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype)).to(s.device).train()
+    return model, batch(s, s.length)
+
+
+def batch(s, length):
+    import torch
+    position = torch.arange(length, device=s.device)[None].expand(s.batch, -1)
+    ids = torch.randint(4, 512, (s.batch, length), device=s.device)
+    slots = position < s.image_tokens
+    regions = torch.rand(s.batch, 8, s.image_tokens, device=s.device)
+    return ids, slots, ids.masked_fill(slots, -100), (regions == regions.amax(1, keepdim=True)).float()      # eight that share no token
 
 
 def masses_from_maps(attentions, slots, queries, regions):
@@ -39,103 +78,111 @@ def masses_from_maps(attentions, slots, queries, regions):
     return (M_v[:, None]*regions).sum(-1), M_v.sum(-1)
 
 
-def step(way, model, batch):
-    "Forward and backward of equation 12 (of `L_llm` alone for the first two ways); returns the loss."
+def step(way, model, data):
+    "Forward and backward of equation 12 (of `L_llm` alone without the loss); returns the loss."
     from petvlm.alignment import alignment_loss, attention_mass, supervised_queries
     from petvlm.losses import lm_loss
-    ids, slots, labels, regions = batch
-    queries = supervised_queries(labels)
+    implementation, n = WAYS[way]
+    ids, slots, labels, regions = data
+    regions, queries = regions[:, :max(n, 1)], supervised_queries(labels)
     with attention_mass(regions, slots, queries) as mass:
-        extra = {'channels': {'attention_mass': mass}, 'eager': {'output_attentions': True}}.get(way, {})
+        extra = {} if not n else {'output_attentions': True} if implementation == 'eager' else {'attention_mass': mass}
         out = model(ids, use_cache=False, **extra)
     loss = lm_loss(out.logits, labels)
-    if extra:
-        masses = mass.masses() if way == 'channels' else masses_from_maps(out.attentions, slots, queries, regions)
+    if n:
+        masses = masses_from_maps(out.attentions, slots, queries, regions) if implementation == 'eager' else mass.masses()
         loss = loss + .1*alignment_loss(*masses, 'region', mass.valid).loss
     loss.backward()
     return loss.item()
 
 
-def run(way, model, batch):
-    "One step from clean gradients: seconds and loss."
-    import torch
+def prepared(way, model):
     model.zero_grad(set_to_none=True)
-    model.set_attn_implementation(WAYS[way])
-    start = time.perf_counter()
-    loss = step(way, model, batch)
-    if batch[0].is_cuda: torch.cuda.synchronize()
-    return time.perf_counter() - start, loss
+    model.set_attn_implementation(WAYS[way][0])
 
 
-def times(a, length):
-    "Seconds per way, interleaved after one warm-up round; loss and gradient of channels against eager."
+def agree(s, model, data, ways):
+    "Loss and gradients of the ways against maps, before anything is timed. `AssertionError` where they differ."
     import torch
-    model, batch = build(a, length)
-    losses, gradients, seconds = {}, {}, {w: [] for w in a.ways}
-    for r in range(a.repeats + 1):
-        for w in a.ways[r % len(a.ways):] + a.ways[:r % len(a.ways)]:
-            s, losses[w] = run(w, model, batch)
-            if r: seconds[w].append(s)
-            else: gradients[w] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
-    out = {'seconds': seconds}
-    if {'channels', 'eager'} <= set(a.ways):
-        gap = (gradients['channels'] - gradients['eager']).abs().max().item()
-        out['channels_minus_eager'] = {'loss': losses['channels'] - losses['eager'], 'largest_gradient_gap': gap, 'largest_gradient': gradients['eager'].abs().max().item()}
-    return out
+    found = {}
+    for way in ways:
+        prepared(way, model)
+        found[way] = step(way, model, data), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    exact = found['eager']
+    gaps = {w: {'loss': abs(loss - exact[0]), 'gradient': (g - exact[1]).abs().max().item()} for w, (loss, g) in found.items() if WAYS[w][1] == 1 and w != 'eager'}
+    largest = exact[1].abs().max().item()
+    assert s.dtype != 'float32' or all(g['gradient'] < GAP*largest and g['loss'] < 1e-5 for g in gaps.values()), gaps
+    return {'largest_gradient': largest, **gaps}
 
 
-def memory(a, length):
-    "Megabytes: at the start (model and batch loaded) and at the peak of one step, of the only way in `a.ways`."
-    import psutil, torch
-    model, batch = build(a, length)
-    start = torch.cuda.memory_allocated() if a.device == 'cuda' else psutil.Process().memory_info().rss
-    run(a.ways[0], model, batch)
-    peak = torch.cuda.max_memory_allocated() if a.device == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
-    return {'start_mb': start/1e6, 'peak_mb': peak/1e6}
+def times(s, ways):
+    "Seconds per way in every round, and the gaps at this length where maps are among the ways."
+    import torch
+    s = SimpleNamespace(**s)
+    model, data = build(s)
+    short = batch(s, min(s.length, 2*s.image_tokens))
+    agreed = agree(s, model, data if s.length <= 1024 else short, ways) if 'eager' in ways else None
+    for way in ways: prepared(way, model); step(way, model, short)                # every kernel once
+    before = lambda way: prepared(way, model)
+    sync = torch.cuda.synchronize if s.device == 'cuda' else None
+    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
+    return {'seconds': seconds, 'agree': agreed}
 
 
-MEASURES = {'times': times, 'memory': memory}
+def memory(s, way):
+    "Megabytes: with model and batch loaded, and at the peak of one step."
+    s = SimpleNamespace(**s)
+    model, data = build(s)
+    prepared(way, model)
+    with harness.peak(s.device) as m: start = CLOCK(); step(way, model, data); seconds = CLOCK() - start
+    return m | {'seconds': seconds}
 
 
-def child(measure, argv, length, ways):
-    "Run one measure in a process of its own: a peak is per process, and this parent never loads torch."
-    command = [sys.executable, __file__, *argv, '--measure', measure, '--lengths', str(length), '--ways', *ways]
-    # glibc raises its mmap threshold as it goes and then keeps freed blocks: resident memory would depend on luck (measured: 1.0 or 1.2 GB for the same step)
-    env = os.environ | ({'MALLOC_MMAP_THRESHOLD_': '262144'} if measure == 'memory' else {})
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.splitlines()[-1])
+def limit(s, regions):
+    "What FLOPs alone allow, ratio to plain: 2 products forward with `regions` + 1 channels more, 5 backward with one more, of a causal half of S x S; linear layers thrice."
+    linear = 3*s['length']*s['layers']*(4 - 2*(1 - 1/s['group']) + 6)*s['width']**2 + 3*s['length']*512*s['width']
+    product = s['layers']*s['length']**2/2*s['width']
+    return (linear + product*(2*(1 + (regions + 1)/s['head']) + 5*(1 + 1/s['head'])))/(linear + 7*product)
 
 
-def row(a, argv, length):
-    "Everything measured at one length, with ratios to plain SDPA."
-    timed, peaks = child('times', argv, length, a.ways), {w: child('memory', argv, length, [w]) for w in a.ways}
-    seconds, first = timed.pop('seconds'), a.ways[0]
-    ways = {w: {'seconds': statistics.median(seconds[w]), 'time_ratio': statistics.median(s/t for s, t in zip(seconds[w], seconds[first])), 'all_seconds': seconds[w],
-                **peaks[w], 'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb']} for w in a.ways}
-    return {'tokens': length, 'ways': ways, **timed}
+def calls(s, ways, alone):
+    "What is asked for one row: long sequences are timed where their memory is, in two rounds of processes."
+    each = [('memory', {'s': s, 'way': w}) for w in ways]
+    return each + each[::-1] if s['length'] > alone else [('times', {'s': s, 'ways': ways}), *each]
 
 
-def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(layers=6, width=512, heads=8, kv_heads=0, image_tokens=256, regions=1, batch=1, repeats=5).items(): p.add_argument(f'--{name.replace("_", "-")}', type=int, default=default)
-    p.add_argument('--lengths', type=int, nargs='+', default=[1024, 2048])
-    p.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='the first one is what ratios refer to')
-    p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.json'))
-    p.add_argument('--measure', choices=MEASURES, help=argparse.SUPPRESS)
-    return p.parse_args(argv)
+def row(s, ways, results):
+    if len(results) > len(ways) + 1:
+        peaks, again = dict(zip(ways, results)), dict(zip(ways, results[::-1]))
+        timed = {'seconds': {w: [peaks[w]['seconds'], again[w]['seconds']] for w in ways}, 'agree': None}
+    else: timed, peaks = results[0], dict(zip(ways, results[1:]))
+    first, found = ways[0], harness.against(timed['seconds'])
+    for w in ways:
+        found[w] |= {k: v for k, v in peaks[w].items() if k != 'seconds'} | {'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[first]['rise_mb']}
+        if w in ('channels', 'many'): found[w]['limit'] = limit(s, WAYS[w][1])
+    return {'head': s['head'], 'tokens': s['length'], 'ways': found, 'agree': timed['agree']}
 
 
-def main(argv):
-    a = parse(argv)
-    if a.measure: return print(json.dumps(MEASURES[a.measure](a, a.lengths[0])))
-    settings = {k: v for k, v in vars(a).items() if k not in ('out', 'measure', 'lengths')}
-    rows = [row(a, argv, length) for length in a.lengths]
-    machine = {'python': platform.python_version(), 'machine': platform.machine(), 'cpus': os.cpu_count(), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS')}
-    a.out.write_text(json.dumps({'what': 'alignment loss, one training step', 'when': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'settings': settings, 'machine': machine, 'rows': rows}, indent=1) + '\n')
-    for r in rows:
-        for w, v in r['ways'].items(): print(f"{r['tokens']:6d} {w:9s} {v['seconds']:8.3f} s x{v['time_ratio']:5.2f} {v['peak_mb']:8.0f} MB x{v['memory_ratio']:5.2f}")
-    print(a.out)
+def main(argv=None):
+    def add(p):
+        for name, default in dict(layers=1, width=512, image_tokens=256, batch=1, group=1, most_maps=2048, alone=4096, second=4096).items(): p.add_argument(f'--{name.replace("_", "-")}', type=int, default=default)
+        p.add_argument('--lengths', type=int, nargs='+', default=[512, 1024, 2048, 4096, 8192])
+        p.add_argument('--heads', type=int, nargs='+', default=[64, 128], help='widths of a head; the number of heads is width / head')
+        p.add_argument('--ways', nargs='+', choices=WAYS, default=['sdpa', 'channels', 'many', 'eager'], help='the first one is what ratios refer to')
+        p.add_argument('--most', type=float, default=20., help='seconds after which no new round begins')
+        p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu'); p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    a = harness.options(__doc__, __file__, argv, quick=dict(repeats=2, lengths=[512, 1024], layers=1, heads=[64], most=4.), add=add)
+    wanted = []
+    for head in a.heads:
+        for length in [n for n in a.lengths if head == a.heads[0] or n <= a.second]:
+            s = {k: getattr(a, k) for k in ('layers', 'width', 'image_tokens', 'batch', 'group', 'repeats', 'most', 'device', 'dtype')} | {'head': head, 'length': length}
+            wanted.append((s, [w for w in a.ways if w != 'eager' or length <= a.most_maps]))
+    asked = [calls(s, ways, a.alone) for s, ways in wanted]
+    results = iter(harness.apart(__file__, [call for each in asked for call in each]))
+    rows = [row(s, ways, [next(results) for _ in each]) for (s, ways), each in zip(wanted, asked)]
+    harness.show([{'head': r['head'], 'tokens': r['tokens'], 'way': w, **v} for r in rows for w, v in r['ways'].items()],
+                 {'head': 'd', 'tokens': 'd', 'way': 's', 'seconds': '.3f', 'time_ratio': '.3f', 'ratio_min': '.3f', 'ratio_max': '.3f', 'limit': '.3f', 'peak_mb': '.0f', 'memory_ratio': '.3f', 'rise_ratio': '.3f'})
+    harness.write(a, 'alignment loss, one training step', rows)
 
 
-if __name__ == '__main__': main(sys.argv[1:])
+if __name__ == '__main__': main()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -104,22 +105,36 @@ def attention_mass(regions: Tensor, slots: Tensor, queries: Tensor, layers=None)
 # %% ../nbs/16_alignment.ipynb #1dc9115a
 from fastcore.basics import patch
 
+def _wide(x: Tensor, beside: Tensor | None, width: int) -> Tensor:
+    "`x` (B, H, S, d) with `beside` (B, 1 or H, S, n) and zeros after it, `(B, H, S, width)`, in one copy."
+    parts = [x] if beside is None else [x, beside.to(x).expand(-1, x.shape[1], -1, -1)]
+    left = width - sum(p.shape[-1] for p in parts)
+    return torch.cat([*parts, x.new_zeros(1, 1, 1, left).expand(*x.shape[:3], -1)], -1) if left or beside is not None else x
+
 @patch
-def widen(self: AttentionMass, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Zeros after `query` and `key`, indicator channels and zeros after `value` (all (B, heads, S, d)): one common width, a multiple of 8."
+def fits(self: AttentionMass, query: Tensor, value: Tensor) -> None:
+    "`AlignmentError` unless queries and values (both (B, heads, S, d)) are those of the whole sequence."
     if value.shape[2] != self.channels.shape[2] or query.shape[2] != self.channels.shape[2]:
         raise AlignmentError(f"attention_mass: recorder made for {self.channels.shape[2]} positions, attention has {query.shape[2]} queries and "
                              f"{value.shape[2]} keys: run the whole sequence in one pass, without a cache")
-    value = torch.cat([value, self.channels.to(value).expand(-1, value.shape[1], -1, -1)], -1)
-    full = 8*math.ceil(max(query.shape[-1], value.shape[-1])/8)
-    return tuple(F.pad(x, (0, full - x.shape[-1])) for x in (query, key, value))
 
-# %% ../nbs/16_alignment.ipynb #85a3f319
 @patch
-def record(self: AttentionMass, layer: int, out: Tensor):
-    "Keep the masses of one layer; `out` (B, S, H, R + 1 or more): the attention output of the indicator channels. `AlignmentError` on a second forward pass or lost gradients."
-    out = out[..., :self.channels.shape[-1]].float()   # before any decision: a replay must do what the forward pass did
-    mass = torch.einsum('bshc,bs->bc', out, self.weights.to(out.device)).to(self.weights.device)/out.shape[2]
+def widen(self: AttentionMass, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Zeros after `query` and `key`, indicator channels and zeros after `value` (all (B, heads, S, d)): one common width, a multiple of 8."
+    self.fits(query, value)
+    full = 8*math.ceil(max(query.shape[-1], value.shape[-1] + self.channels.shape[-1])/8)
+    return _wide(query, None, full), _wide(key, None, full), _wide(value, self.channels, full)
+
+# %% ../nbs/16_alignment.ipynb #1ebb0036
+@patch
+def average(self: AttentionMass, out: Tensor) -> Tensor:
+    "Mass per region `(B, R + 1)` from the output of the indicator channels, `(B, S, H, R + 1 or more)`."
+    out = out[..., :self.channels.shape[-1]].float()
+    return torch.einsum('bshc,bs->bc', out, self.weights.to(out.device)).to(self.weights.device)/out.shape[2]
+
+@patch
+def record(self: AttentionMass, layer: int, mass: Tensor):
+    "Keep the masses `(B, R + 1)` of one layer. `AlignmentError` on a second forward pass or lost gradients."
     seen = self.records.get(layer)
     if self.open and seen is not None: raise AlignmentError(f"attention_mass: layer {layer} ran twice: one recorder serves one forward pass")
     if self.open: self.records[layer] = mass
@@ -134,18 +149,78 @@ def masses(self: AttentionMass) -> tuple[Tensor, Tensor]:
     mean = torch.stack(list(self.records.values())).mean(0)
     return mean[:, :-1], mean[:, -1]
 
+# %% ../nbs/16_alignment.ipynb #f2fbf5d2
+_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward   # what SDPA calls on a CPU
+
+def _padded(x: Tensor, beside: Tensor | None, heads: int) -> Tensor:
+    "`x` (B, H_kv, S, d) for `heads` heads with `beside` (B, 1 or heads, S, n) and zeros after it, a multiple of 8 wide; not for autograd."
+    (b, kv, s, d), n = x.shape, 0 if beside is None else beside.shape[-1]
+    out = x.new_empty(b, s, heads, 8*math.ceil((d + n)/8)).transpose(1, 2)                         # rows of one position together, as SDPA has them
+    out[..., :d].unflatten(1, (kv, heads//kv)).copy_(x[:, :, None])
+    if n: out[..., d:d + n].copy_(beside)
+    out[..., d + n:].zero_()
+    return out
+
+def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    "A mask that is added to the logits, from a bool one."
+    return mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
+
+class _MassOnCPU(torch.autograd.Function):
+    "Attention (B, S, H, d) of queries (B, H, S, d), keys and values (B, H_kv, S, d), and masses (B, R + 1): `channels` (B, 1, S, R + 1) forward, one channel back."
+    @staticmethod
+    def forward(ctx, query, key, value, channels, weights, mask, causal, scale):
+        h, d, n = query.shape[1], value.shape[-1], channels.shape[-1]
+        nothing = torch.zeros_like(channels)
+        q, k, v = _padded(query, nothing, h), _padded(key, nothing, h), _padded(value, channels, h)
+        out, lse = _CPU[0](q, k, v, 0., causal, attn_mask=_added(mask, q), scale=scale)
+        out = out.transpose(1, 2)
+        text, seen = out[..., :d].contiguous(), out[..., d:d + n].contiguous()                     # (B, S, H, d), (B, S, H, R + 1)
+        ctx.save_for_backward(query, key, value, channels, weights, mask, text, seen, lse)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.set_materialize_grads(False)
+        return text, torch.einsum('bshc,bs->bc', seen.float(), weights)/h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_text, d_mass):
+        query, key, value, channels, weights, mask, text, seen, lse = ctx.saved_tensors
+        (_, h, _, d), kv = query.shape, key.shape[1]
+        d_text = torch.zeros_like(text) if d_text is None else d_text.contiguous()
+        extra = dict.fromkeys(('pad', 'v', 'out', 'd_out'))
+        if d_mass is not None:
+            pull, got = (x.float() @ d_mass[:, None, :, None] for x in (channels, seen))         # (B, 1, S, 1) per key, (B, S, H, 1) per query
+            extra = {'pad': torch.zeros_like(pull), 'v': pull, 'out': got.transpose(1, 2), 'd_out': (weights/h)[:, None, :, None]}
+        wide = [_padded(x, extra[k], h) for x, k in ((d_text.transpose(1, 2), 'd_out'), (query, 'pad'), (key, 'pad'), (value, 'v'), (text.transpose(1, 2), 'out'))]
+        grads = (x[..., :d] for x in _CPU[1](*wide, lse, 0., ctx.causal, attn_mask=_added(mask, query), scale=ctx.scale))
+        d_query, *d_pairs = grads
+        return (d_query, *(x if kv == h else x.unflatten(1, (kv, -1)).sum(2) for x in d_pairs), None, None, None, None, None)
+
+# %% ../nbs/16_alignment.ipynb #7dcdbd81
+def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0., position_bias=None, softcap=None, **kw) -> bool:
+    "Whether SDPA would do this attention with the CPU's fused kernel (it would ask for as many key as query heads)."
+    plain = query.device.type == 'cpu' and not dropout and position_bias is None and softcap is None and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] and not torch.is_autocast_enabled('cpu')
+    return plain and torch._fused_sdp_choice(query, query, query, mask, 0., causal, scale=scale) == SDPBackend.FLASH_ATTENTION.value
+
 # %% ../nbs/16_alignment.ipynb #c947a936
 def petvlm_mass(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None, attention_mass: AttentionMass | None = None, **kw):
     """Attention function for transformers: `sdpa`, plus indicator channels when a recorder is passed as `attention_mass`.
 
     `query` (B, H, S, d), `key` and `value` (B, H_kv, S, d); returns (B, S, H, d) and None. Equal to eager attention maps in values and gradients.
     """
-    if attention_mass is None or not (attention_mass.layers is None or module.layer_idx in attention_mass.layers):
+    m = attention_mass
+    if m is None or not (m.layers is None or module.layer_idx in m.layers):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    m.fits(query, value)
     scaling, d = query.shape[-1]**-.5 if scaling is None else scaling, value.shape[-1]   # the old scale, whatever the new width
-    out, _ = sdpa_attention_forward(module, *attention_mass.widen(query, key, value), attention_mask, scaling=scaling, **kw)
-    attention_mass.record(module.layer_idx, out[..., d:])
-    return out[..., :d], None
+    asked = kw.get('is_causal')
+    causal = attention_mask is None and query.shape[2] > 1 and (getattr(module, 'is_causal', True) if asked is None else asked)
+    if _cpu_kernel(query, key, value, attention_mask, causal, scaling, **kw):
+        out, mass = _MassOnCPU.apply(query, key, value, m.channels.to(value), m.weights, attention_mask, causal, scaling)
+    else:
+        wide, _ = sdpa_attention_forward(module, *m.widen(query, key, value), attention_mask, scaling=scaling, **kw)
+        out, mass = wide[..., :d], m.average(wide[..., d:])
+    m.record(module.layer_idx, mass)
+    return out, None
 
 AttentionInterface.register('petvlm_mass', petvlm_mass)
 AttentionMaskInterface.register('petvlm_mass', sdpa_mask)

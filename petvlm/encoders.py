@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 from .codebook import CosineCodebook
-from .stem import ConvStem, EncoderError, PatchStem, check_size, lattice_of, patchify
+from .stem import ConvStem, EncoderError, PatchStem, check_size, lattice_of, patchify, replayed
 from .tokens import Tokens
 
 # %% auto #0
@@ -122,11 +122,14 @@ class AxialTransformer(nn.Module):
         y = conv(x.permute(0, 2, 3, 1, 4).reshape(x.shape))           # (h, w, d) read as if it were (d, h, w)
         return y.reshape(b, h, w, d, c).permute(0, 3, 1, 2, 4)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = x + self.position(layer['peg'], x)
-            x = x + layer['attn'](x, bias)
-            x = x + layer['ff'](x)
+    def layer(self, parts: nn.ModuleDict, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x + self.position(parts['peg'], x)
+        x = x + parts['attn'](x, bias)
+        return x + parts['ff'](x)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, checkpointing: bool = False) -> Tensor:
+        for parts in self.layers:
+            x = replayed(parts, x, bias, run=functools.partial(self.layer, parts)) if checkpointing else self.layer(parts, x, bias)
         return self.norm(x)
 
 # %% ../nbs/11_encoders.ipynb #b6c8f0f4
@@ -139,12 +142,12 @@ class CTViT(nn.Module):
     """CT-ViT, the CT-CLIP variant: `(B, channels, D, H, W)` -> `Tokens` `(B, d*h*w, dim)` on `grid`.
 
     Input: CT as HU / 1000 in [-1, 1] for the published weights; any fixed scaling otherwise. Defaults are the published sizes (240 x 480 x 480 voxels, 23.4 M parameters in use).
-    Quirks of the reference as options: `peg_scrambled`, `kv_normed`, `patch_norm`; extensions, off by default: `patch_mlp`, `conv_stem`, `position`, `codebook_size=0`.
+    Quirks of the reference as options: `peg_scrambled`, `kv_normed`, `patch_norm`; extensions, off by default: `patch_mlp`, `conv_stem`, `position`, `codebook_size=0`, `checkpointing` (layers are computed again in the backward pass instead of kept).
     `EncoderError` if patches do not tile the volume, or a batch has another size. Source: Hamamci et al., CT-CLIP and GenerateCT."""
     def __init__(self, image_size=(240, 480, 480), patch_size=(10, 20, 20), channels=1, dim=512, spatial_depth=4, temporal_depth=4, heads=8, dim_head=32,
-                 codebook_size=8192, peg_scrambled=True, kv_normed=False, patch_norm=True, patch_mlp=0, conv_stem=(), position='none', codebook_frozen=False):
+                 codebook_size=8192, peg_scrambled=True, kv_normed=False, patch_norm=True, patch_mlp=0, conv_stem=(), position='none', codebook_frozen=False, checkpointing=False):
         super().__init__()
-        self.image_size, self.patch_size, self.channels, self.dim = tuple(image_size), tuple(patch_size), channels, dim
+        self.image_size, self.patch_size, self.channels, self.dim, self.checkpointing = tuple(image_size), tuple(patch_size), channels, dim, checkpointing
         self.grid = lattice_of(self.image_size, self.patch_size)
         self.stem = (ConvStem(channels, self.patch_size, dim, conv_stem) if conv_stem else
                      PatchStem(channels*math.prod(patch_size), dim, patch_norm, patch_mlp))
@@ -168,7 +171,7 @@ def features(self: CTViT, x: Tensor) -> Tokens:
     check_size(x, self.channels, self.image_size)
     x = self.stem(x if isinstance(self.stem, ConvStem) else patchify(x, self.patch_size))   # (B, d, h, w, C)
     if self.position is not None: x = x + self.position
-    x = self.temporal(self.spatial(x, self.bias()))
+    x = self.temporal(self.spatial(x, self.bias(), self.checkpointing), None, self.checkpointing)
     return Tokens(x.flatten(1, 3), self.grid)
 
 @patch
@@ -204,11 +207,11 @@ class Block(nn.Module):
 class ViT3D(nn.Module):
     """M3D's ViT: `(B, channels, D, H, W)` -> `Tokens` `(B, d*h*w, dim)`, after the final LayerNorm, class token dropped.
 
-    Input scaled to [0, 1]. Defaults are the published sizes (32 x 256 x 256 voxels in patches of 4 x 16 x 16; 87.4 M parameters with the class token). `conv_stem`: not published, as in `CTViT`.
+    Input scaled to [0, 1]. Defaults are the published sizes (32 x 256 x 256 voxels in patches of 4 x 16 x 16; 87.4 M parameters with the class token). `conv_stem`, `checkpointing`: not published, as in `CTViT`.
     `EncoderError` if patches do not tile the volume, or a batch has another size. Source: Bai et al., M3D; Dosovitskiy et al., ViT."""
-    def __init__(self, image_size=(32, 256, 256), patch_size=(4, 16, 16), channels=1, dim=768, depth=12, heads=12, mlp_dim=3072, qkv_bias=False, cls_token=True, conv_stem=()):
+    def __init__(self, image_size=(32, 256, 256), patch_size=(4, 16, 16), channels=1, dim=768, depth=12, heads=12, mlp_dim=3072, qkv_bias=False, cls_token=True, conv_stem=(), checkpointing=False):
         super().__init__()
-        self.image_size, self.patch_size, self.channels, self.dim = tuple(image_size), tuple(patch_size), channels, dim
+        self.image_size, self.patch_size, self.channels, self.dim, self.checkpointing = tuple(image_size), tuple(patch_size), channels, dim, checkpointing
         self.grid = lattice_of(self.image_size, self.patch_size)
         self.embed = ConvStem(channels, patch_size, dim, conv_stem) if conv_stem else nn.Linear(channels*math.prod(patch_size), dim)
         self.position = nn.Parameter(torch.empty(1, math.prod(self.grid), dim))
@@ -231,7 +234,7 @@ def sequence(self: ViT3D, *images: Tensor) -> Tensor:
     "Everything the transformer gives, class token first: `(B, 1 + d*h*w, dim)` (without it `(B, d*h*w, dim)`)."
     x = self.embedded(*images)
     if self.cls is not None: x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
-    for block in self.blocks: x = block(x)
+    for block in self.blocks: x = replayed(block, x) if self.checkpointing else block(x)
     return self.norm(x)
 
 @patch

@@ -5,11 +5,13 @@
 # %% ../nbs/10b_stem.ipynb #2aeb3d5b
 from __future__ import annotations
 import functools
+from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
-__all__ = ['EncoderError', 'lattice_of', 'patchify', 'check_size', 'PatchStem', 'ConvStem']
+__all__ = ['EncoderError', 'lattice_of', 'patchify', 'check_size', 'PatchStem', 'ConvStem', 'replayed']
 
 # %% ../nbs/10b_stem.ipynb #aac48139
 class EncoderError(ValueError):
@@ -70,3 +72,20 @@ class ConvStem(nn.Module):
         x = torch.cat([x, place], 1).contiguous(memory_format=torch.channels_last_3d)
         for conv, stride in zip(self.convs, self.strides): x = F.gelu(F.max_pool3d(conv(x), stride))   # an eighth of the activations to keep
         return self.out(x.permute(0, 2, 3, 4, 1))
+
+# %% ../nbs/10b_stem.ipynb #5bd55614
+class _Held:
+    "Running statistics of the batch norms in `module` stay as they are, while the batch's own are used; may be entered again and again."
+    def __init__(self, module: nn.Module): self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self):
+        self.was = [(m.momentum, m.num_batches_tracked) for m in self.norms]
+        for m in self.norms: m.momentum, m.num_batches_tracked = 0., None     # (not without statistics: autograd would keep other tensors than before, and say so)
+
+    def __exit__(self, *_):
+        for m, (momentum, count) in zip(self.norms, self.was): m.momentum, m.num_batches_tracked = momentum, count
+
+def replayed(module: nn.Module, *inputs, run=None):
+    "`module(*inputs)`, or `run(*inputs)` of its parts, whose activations are computed again in the backward pass instead of kept. The same numbers; its batch norms count the batch once."
+    if not torch.is_grad_enabled(): return (run or module)(*inputs)
+    return checkpoint(run or module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Held(module)))

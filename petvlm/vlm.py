@@ -13,6 +13,7 @@ from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_ma
 from .datasets import VIEWS
 from .content_topic import pooled
 from .contrast import content_topic_loss, embed_text
+from .exchange import clip_across, info_nce_across, several, siglip_across
 from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
 from .losses import IGNORED, clip_loss, lm_loss
@@ -214,11 +215,13 @@ def _pair(m: PetVLM, b: dict, state: dict, view: str) -> tuple[Tensor, Tensor]:
     "Unit vectors of images and texts of a view."
     return m.latent[view](state['view', view]), m.text[view](b[f'text_{view}_ids'], b[f'text_{view}_mask'])
 
-def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor: return clip_loss(*_pair(m, b, state, view), m.config.tau, m.config.symmetric)
+def _across(m: PetVLM) -> bool: return m.training and several()
+
+def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor: return (clip_across if _across(m) else clip_loss)(*_pair(m, b, state, view), m.config.tau, m.config.symmetric)
 
 def _siglip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     p = m.sigmoid[view]
-    return siglip_loss(*_pair(m, b, state, view), p['t_prime'], p['bias'], m.config.siglip['form'])
+    return (siglip_across if _across(m) else siglip_loss)(*_pair(m, b, state, view), p['t_prime'], p['bias'], m.config.siglip['form'])
 
 def _sites(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     "Every lattice of the view against its part of the truth."
@@ -239,7 +242,9 @@ def _match(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
 def _contrast(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     "Projected content and topic tokens against the frozen language model's embeddings of the findings and of the topic words."
     text = [embed_text(m.get_input_embeddings(), b[f'text_{k}_ids'], b[f'text_{k}_mask']) for k in ('content', 'topic')]
-    return content_topic_loss(*pooled(state['visual']), *text, m.config.tau)
+    images = pooled(state['visual'])
+    if _across(m): return sum(info_nce_across(i, t, m.config.tau) for i, t in zip(images, text))/2
+    return content_topic_loss(*images, *text, m.config.tau)
 
 LOSSES = {'contrast': _contrast, 'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
 

@@ -1,6 +1,7 @@
 """The alignment loss against eager attention maps: values and gradients, over model families, padding, grouped heads, checkpointing and misuse."""
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from petvlm import alignment
 from petvlm.alignment import AlignmentError, alignment_loss, attention_mass, mask_to_tokens, on_sequence, region_masks, supervised_queries
 from petvlm.losses import IGNORED, lm_loss
 
@@ -193,3 +194,50 @@ def test_tokens_follow_the_lattice():
     assert mask_to_tokens(masks, (2, 3, 4), coverage=True).max() == .25
     assert mask_to_tokens(masks, (2, 3, 4), least=.25).sum() == 1 and mask_to_tokens(masks, (2, 3, 4), least=.3).sum() == 0
     with pytest.raises(AlignmentError, match='does not divide'): mask_to_tokens(masks, (3, 3, 4))
+
+
+@pytest.fixture
+def through_sdpa(monkeypatch): monkeypatch.setattr(alignment, '_cpu_kernel', lambda *a, **kw: False)       # what every device but a CPU does
+
+
+@pytest.mark.parametrize('padding', START)
+@pytest.mark.parametrize('kv_heads', HEADS.values(), ids=HEADS)
+def test_channels_through_sdpa_equal_eager_maps(kv_heads, padding, through_sdpa):
+    same(run(tiny('mistral', 'petvlm_mass', kv_heads), batch(padding)), run(tiny('mistral', 'eager', kv_heads), batch(padding), maps=True))
+
+
+@pytest.mark.parametrize('padding', START)
+def test_many_regions_need_one_channel_back(padding, monkeypatch):
+    data = batch(padding)
+    data = (*data[:4], torch.eye(N)[None, :9].repeat(B, 1, 1))                                             # nine regions of one token: wider than a head's half
+    widths, kernel = [], alignment._CPU
+    monkeypatch.setattr(alignment, '_CPU', tuple(lambda *a, k=k, **kw: widths.append(a[k].shape[-1]) or kernel[k](*a, **kw) for k in (0, 1)))
+    ours = run(tiny('mistral', 'petvlm_mass'), data)
+    same(ours, run(tiny('mistral', 'eager'), data, maps=True))
+    assert widths == [24]*3 + [16]*3                                                                        # heads are 12 wide: 12 + 10 and 12 + 1, rounded up to 8; three layers
+
+
+def test_without_the_loss_nothing_is_widened_on_the_way_back(monkeypatch):
+    ids, attended, slots, labels, regions = batch('none')
+    widths, kernel = [], alignment._CPU
+    monkeypatch.setattr(alignment, '_CPU', (kernel[0], lambda *a, **kw: widths.append(a[0].shape[-1]) or kernel[1](*a, **kw)))
+    model = tiny('mistral', 'petvlm_mass')
+    with attention_mass(regions, slots, supervised_queries(labels)) as mass: loss = lm_loss(model(ids, use_cache=False, attention_mass=mass).logits, labels)
+    loss.backward()
+    assert widths == [16]*3 and mass.records
+
+
+def test_little_is_kept_beyond_plain_attention():
+    "What autograd keeps, storage by storage: the masses per query and head, no widened query, key, value or output."
+    ids, _, slots, labels, regions = batch('none')
+    def kept(implementation, **extra):
+        model, found = tiny('mistral', implementation, kv_heads=4), {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        def pack(x):
+            if (s := x.untyped_storage()).data_ptr() not in own: found[s.data_ptr()] = (x, s.nbytes())       # the tensor itself, so that its place is not used again
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): out = model(ids, use_cache=False, **extra)
+        return sum(n for _, n in found.values()), out
+    with attention_mass(regions, slots, supervised_queries(labels)) as mass: ours = kept('petvlm_mass', attention_mass=mass)[0]
+    layer = B*S*4*4*3 + 4*(B*S*3 + B*S)                                                                    # (R + 1) masses per query and head; channels and weights once
+    assert 0 < ours - kept('sdpa')[0] < 3*layer + 2000

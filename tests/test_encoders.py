@@ -1,8 +1,9 @@
 "CT-ViT and ViT3D are numerically those of the reference implementations; frozen codebooks stay; odd shapes work."
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from parity import difference, expected, fixture, tensor, weights
 from petvlm.checkpoints import load_published
 from petvlm.codebook import CosineCodebook
+from petvlm.dcformer import AxialConv, DCFormer, band
 from petvlm.encoders import CTViT, EncoderError, ViT3D
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,37 @@ def test_bfloat16_autocast_agrees_with_float32():
     model, x = CTViT((4, 16, 16), (2, 4, 4), dim=32, spatial_depth=1, temporal_depth=1, heads=2, dim_head=16, codebook_size=0), torch.randn(1, 1, 4, 16, 16)
     with torch.autocast('cpu', dtype=torch.bfloat16): low = model(x).x
     assert (low.float() - model(x).x).abs().max() < .15
+
+ENCODERS = {'ctvit': lambda **kw: CTViT((4, 8, 12), (2, 4, 4), dim=16, spatial_depth=2, temporal_depth=2, heads=2, dim_head=8, codebook_size=0, **kw),
+            'vit3d': lambda **kw: ViT3D((4, 8, 12), (2, 4, 4), dim=16, depth=3, heads=2, mlp_dim=32, **kw),
+            'dcformer': lambda **kw: DCFormer((4, 8, 12), dims=(4, 8, 12), blocks=(2, 1), kernels=(5, 3), stride=2, layer_scale=.5, **kw)}
+
+@pytest.mark.parametrize('name', ENCODERS)
+def test_checkpointing_changes_no_number_and_keeps_less(name):
+    found, x = [], torch.randn(2, 1, 4, 8, 12)
+    for on in (False, True):
+        torch.manual_seed(1)
+        model, kept = ENCODERS[name](checkpointing=on).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t): y = model(x).x
+        (y*torch.linspace(-1, 1, y.shape[-1])).mean().backward()
+        found.append((sum(kept), [y.detach(), *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]))     # batch norms count a batch once
+    (much, plain), (little, again) = found
+    assert little < much/2 and len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again))
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_axial_convolutions_are_three_conv3d_in_both_modes_and_directions(depthwise, stride):
+    layer, x = AxialConv(6, 6, 7, stride, depthwise), torch.randn(2, 6, 8, 13, 12, requires_grad=True)             # 1,248 voxels: by matrices where depthwise
+    for _, norm in layer.axes: torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.running_mean); torch.nn.init.uniform_(norm.running_var, .5, 2)
+    for mode in (True, False):
+        layer.train(mode)
+        plain = sum(F.batch_norm(conv(x), norm.running_mean.clone(), norm.running_var.clone(), norm.weight, norm.bias, mode) for conv, norm in layer.axes)
+        ours, pull = layer(x), torch.randn_like(plain)
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+        for a, b in zip(*(torch.autograd.grad((y*pull).sum(), (x, *layer.parameters())) for y in (ours, plain))): torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('n', [1, 2, 5, 12])
+def test_a_band_is_the_convolution_of_a_row(n):
+    kernel, x = torch.tensor([[1., 2., 3., 4., 5.]]), torch.arange(1., n + 1)
+    by_hand = [sum(kernel[0, j - i + 2]*x[j] for j in range(n) if abs(j - i) <= 2) for i in range(n)]
+    torch.testing.assert_close(band(kernel, n)[0] @ x, torch.stack(by_hand))
