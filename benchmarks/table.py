@@ -17,7 +17,7 @@ Numbers are those of the machine named below; nothing here is a test, and no tes
 def line(job, peer, ours, ratios=(), unit='s', bar='', met=None, note=''):
     "One comparison. `peer`, `ours`: (what it is, value or list of the rounds' values, None where there is none); `ratios`: peer to ours in each round, by default from the lists, None for no ratio. `bar`: words; `met`: whether it is."
     values = [x[1] if isinstance(x[1], (list, tuple)) else [x[1]] for x in (peer, ours)]
-    if ratios == () and None not in values[0] + values[1] and len(values[0]) == len(values[1]): ratios = [p/o for p, o in zip(*values)]
+    if ratios == () and None not in values[0] + values[1] and len(values[0]) == len(values[1]) and min(values[1]) > 0: ratios = [p/o for p, o in zip(*values)]
     middle = lambda v: None if None in v else statistics.median(v)
     out = {'job': job, 'peer': peer[0], 'ours': ours[0], 'peer_value': middle(values[0]), 'our_value': middle(values[1]), 'unit': unit}
     if ratios: out |= {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
@@ -40,18 +40,33 @@ def from_ingest(r):
 def from_viewer(r):
     return [line(f'viewer: {name}', ('', None), ('petvlm', a['median_ms']), unit='ms', note=f"worst {number(a['worst_ms'])} ms") for name, a in r['answers'].items()]
 
-def told(row): return ', '.join(f'{k} {v}' for k, v in row.items() if isinstance(v, (str, int)) and not isinstance(v, bool))
+def told(row):
+    "Whole numbers, words and sizes of a row: what was done."
+    plain = lambda v: isinstance(v, (str, int)) and not isinstance(v, bool)
+    shown = {k: v if plain(v) else ' x '.join(map(str, v)) for k, v in row.items() if plain(v) or isinstance(v, list) and v and all(map(plain, v))}
+    return ', '.join(f'{k.replace("_", " ")} {v}' for k, v in shown.items())
 
-def from_ways(r):
-    "Rows `{..., 'ways': {name: {'seconds', 'time_ratio', ...}}}`, whose first way is the peer."
+def bar_of(name, row, way, ratio):
+    "`(bar, met)` of issue 7 for a cost ratio (ours to plain), time or memory."
+    if name == 'alignment' and way in ('channels', 'many') and row.get('tokens', 0) >= 2048: return 'at most 1.08 times plain SDPA', ratio <= 1.08
+    return '', None
+
+def from_ways(name, r):
+    "Rows `{..., 'ways': {name: {'seconds', 'all_seconds', 'peak_mb', ...}}}`, whose first way is the peer."
     out = []
     for row in r['rows']:
-        ways = row.get('ways') or {}
-        names = list(ways)
-        for w in names[1:]:
-            p, o = ways[names[0]], ways[w]
-            if 'all_seconds' in o: out.append(line(f'{told(row)}: time', (names[0], p['all_seconds']), (w, o['all_seconds'])))
-            if 'peak_mb' in o: out.append(line(f'{told(row)}: peak memory', (names[0], p['peak_mb']), (w, o['peak_mb']), unit='MB'))
+        ways = row['ways']; first, *others = ways; p = ways[first]
+        for w in others:
+            o = ways[w]
+            for what, key, unit in (('time', 'all_seconds', 's'), ('peak memory', 'peak_mb', 'MB'), ('memory that a step adds', 'rise_mb', 'MB')):
+                if key not in o or key == 'rise_mb' and 'peak_mb' in o: continue
+                x = line(f'{told(row)}: {what}', (first, p[key]), (w, o[key]), unit=unit)
+                if 'ratio' not in x: out.append(x); continue
+                cost = 1/x['ratio']
+                x['bar'], x['met'] = bar_of(name, row, w, cost)
+                notes = [f'{cost:.2f} times the {what}'] if cost > 1 else []
+                if what == 'time' and 'limit' in o: notes.append(f"{o['limit']:.2f} by FLOPs alone")
+                out.append(x | {'note': '; '.join(notes)})
     return out
 
 OLD = {'ingest': from_ingest, 'viewer': from_viewer}
@@ -59,7 +74,7 @@ OLD = {'ingest': from_ingest, 'viewer': from_viewer}
 def lines(name, result):
     "The lines of a benchmark's JSON, whichever form it has."
     if 'table' in result: return result['table']
-    return OLD.get(name, from_ways)(result)
+    return OLD[name](result) if name in OLD else from_ways(name, result) if 'ways' in (result.get('rows') or [{}])[0] else []
 
 
 # ---- the page
@@ -74,8 +89,8 @@ def row(name, x):
 def ran(name, r):
     "Where and when: the JSON's `machine` is a dictionary since the harness, a word before."
     m = r['machine'] if isinstance(r.get('machine'), dict) else {'cpu': r.get('machine'), 'cores': r.get('cores'), 'python': r.get('python')}
-    cores = f"{m.get('cores_used') or ''} of {m.get('cores') or '?'}".removeprefix(' of ')
-    cells = [name, r.get('when') or r.get('date') or '', m.get('cpu') or '', cores, m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
+    cores = f"{m.get('cores_used') or ''} of {m.get('cores') or m.get('cpus') or '?'}".removeprefix(' of ')
+    cells = [name, r.get('when') or r.get('date') or '', m.get('cpu') or m.get('machine') or '', cores, m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
     return '| ' + ' | '.join(str(c).replace('|', '/') for c in cells) + ' |'
 
 def page(results):
