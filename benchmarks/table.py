@@ -52,20 +52,20 @@ def bar_of(name, row, way, ratio):
     return '', None
 
 def from_ways(name, r):
-    "Rows `{..., 'ways': {name: {'seconds', 'all_seconds', 'peak_mb', ...}}}`, whose first way is the peer."
+    "Rows `{..., 'ways': {name: {'seconds', 'all_seconds', 'peak_mb', ...}}}`, whose first way is the peer; eager attention is one, too."
     out = []
     for row in r['rows']:
-        ways = row['ways']; first, *others = ways; p = ways[first]
-        for w in others:
-            o = ways[w]
+        ways = row['ways']; first, *others = ways
+        for peer, w in (('eager', 'channels') if w == 'eager' and 'channels' in ways else (first, w) for w in others):
+            p, o = ways[peer], ways[w]
             for what, key, unit in (('time', 'all_seconds', 's'), ('peak memory', 'peak_mb', 'MB'), ('memory that a step adds', 'rise_mb', 'MB')):
                 if key not in o or key == 'rise_mb' and 'peak_mb' in o: continue
-                x = line(f'{told(row)}: {what}', (first, p[key]), (w, o[key]), unit=unit)
+                x = line(f'{told(row)}: {what}', (peer, p[key]), (w, o[key]), unit=unit)
                 if 'ratio' not in x: out.append(x); continue
                 cost = 1/x['ratio']
-                x['bar'], x['met'] = bar_of(name, row, w, cost)
-                notes = [f'{cost:.2f} times the {what}'] if cost > 1 else []
-                if what == 'time' and 'limit' in o: notes.append(f"{o['limit']:.2f} by FLOPs alone")
+                if peer == first: x['bar'], x['met'] = bar_of(name, row, w, cost)
+                notes = [f'{cost:.2f} times the {what}'] if cost >= 1.005 else []
+                if what == 'time' and 'limit' in o and peer == first: notes.append(f"{o['limit']:.2f} by FLOPs alone")
                 out.append(x | {'note': '; '.join(notes)})
     return out
 

@@ -56,6 +56,6 @@ def test_one_that_fails_does_not_stop_the_others_and_is_told(bench, monkeypatch)
 def test_the_bar_of_the_alignment_loss_is_judged_where_it_holds(bench):
     ways = lambda t: {'sdpa': {'all_seconds': [1., 1.], 'peak_mb': 100.}, 'channels': {'all_seconds': [t, t], 'peak_mb': 107., 'limit': 1.05}, 'eager': {'all_seconds': [9., 9.], 'peak_mb': 900.}}
     found = bench('table').lines('alignment', {'rows': [{'head': 64, 'tokens': 1024, 'ways': ways(2.)}, {'head': 64, 'tokens': 2048, 'ways': ways(1.09)}, {'head': 64, 'tokens': 4096, 'ways': ways(1.07)}]})
-    met = {(x['job'], x['ours']): x['met'] for x in found}
-    assert met['head 64, tokens 1024: time', 'channels'] is None and met['head 64, tokens 2048: time', 'channels'] is False and met['head 64, tokens 2048: peak memory', 'channels'] is True
-    assert met['head 64, tokens 4096: time', 'channels'] is True and met['head 64, tokens 4096: time', 'eager'] is None and found[4*1]['note'] == '1.09 times the time; 1.05 by FLOPs alone'
+    met = {(x['job'], x['peer'], x['ours']): x['met'] for x in found}
+    assert met['head 64, tokens 1024: time', 'sdpa', 'channels'] is None and met['head 64, tokens 2048: time', 'sdpa', 'channels'] is False and met['head 64, tokens 2048: peak memory', 'sdpa', 'channels'] is True
+    assert met['head 64, tokens 4096: time', 'sdpa', 'channels'] is True and met['head 64, tokens 4096: time', 'eager', 'channels'] is None and found[4*1]['note'] == '1.09 times the time; 1.05 by FLOPs alone'
