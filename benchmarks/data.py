@@ -1,7 +1,7 @@
 """Prepared volumes to batches, side by side: petvlm's memory-mapped half precision, MONAI's CacheDataset and PersistentDataset.
 
-    python benchmarks/data.py                                       # 6 regions of PET and CT, 128 x 256 x 256, batches of 2
-    python benchmarks/data.py --shape 140 480 480 --regions 4       # ViPET-VLM's published size
+    python benchmarks/data.py                                       # 4 regions of PET and CT, 128 x 256 x 256, batches of 2
+    python benchmarks/data.py --shape 140 480 480 --regions 2       # ViPET-VLM's published size
     python benchmarks/data.py --quick
 
 The job: batches of PET and CT `(B, 1, D, H, W)` float32, each voxel as its deviation from what is usual there, moved by up to one voxel. petvlm reads what `prepare` wrote (float16, memory-mapped) and standardises
@@ -176,8 +176,8 @@ def table(a, seconds, peaks, waits, wanted):
 
 def main(argv=None):
     def add(p):
-        p.add_argument('--shape', type=int, nargs=3, default=[128, 256, 256]); p.add_argument('--regions', type=int, default=6); p.add_argument('--batch', type=int, default=2)
-        p.add_argument('--steps', type=float, nargs='+', default=[.25, 1.], help='seconds of a step beside which batches are made'); p.add_argument('--batches', type=int, default=6, help='batches waited for')
+        p.add_argument('--shape', type=int, nargs=3, default=[128, 256, 256]); p.add_argument('--regions', type=int, default=4); p.add_argument('--batch', type=int, default=2)
+        p.add_argument('--steps', type=float, nargs='+', default=[.5, 1.], help='seconds of a step beside which batches are made'); p.add_argument('--batches', type=int, default=3, help='batches waited for'); p.set_defaults(repeats=3)
     a = harness.options(__doc__, __file__, argv, quick={'shape': [32, 64, 64], 'regions': 4, 'repeats': 2, 'steps': [.05], 'batches': 3}, add=add)
     shape, room = tuple(a.shape), tempfile.mkdtemp()
     same, sizes = dict(folder=room, regions=a.regions), dict(folder=room, regions=a.regions, batch=a.batch)

@@ -87,13 +87,13 @@ def measured(size, images, each, tokens, batch, repeats):
 
 def prefill(size, images, each):
     "Seconds of the first word alone: what reading the prompts costs, per question or per image."
-    return measured(size, images, each, 1, images*each, 3)['seconds']
+    return measured(size, images, each, 1, images*each, 2)['seconds']
 
 
 def main(argv=None):
     def add(p):
-        for name, default in dict(images=4, questions=8, tokens=32, batch=32).items(): p.add_argument(f'--{name}', type=int, default=default)
-        p.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES))
+        for name, default in dict(images=2, questions=6, tokens=16, batch=32).items(): p.add_argument(f'--{name}', type=int, default=default)
+        p.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES)); p.set_defaults(repeats=3)
     a = harness.options(__doc__, __file__, argv, quick={'images': 2, 'questions': 3, 'tokens': 6, 'repeats': 2}, add=add)
     same = dict(images=a.images, each=a.questions)
     found = harness.apart(__file__, [call for s in a.sizes for call in (('measured', same | {'size': s, 'tokens': a.tokens, 'batch': a.batch, 'repeats': a.repeats}), ('prefill', same | {'size': s}))])
