@@ -111,7 +111,7 @@ def lines_of(job, r, pairs):
     if 'left_out' in r: return line(NAMES[job], ('', None), ('petvlm', None), note=f"left out: {r['left_out']}")
     wanted = pairs/r['peer_pairs']*statistics.median(r['seconds']['peer'])
     whole = f"; {pairs:,}: petvlm {r['petvlm_seconds_all']:.1f} s (once), the peer {wanted:.0f} s by proportion, {wanted/r['petvlm_seconds_all']:.1f} times" if r['petvlm_seconds_all'] else ''
-    why = '; both wait for the same encoder on one core, where a batch of padded texts gains nothing over one pair after the other' if job == 'bertscore' else ''
+    why = '; both wait for the same encoder on one core, where a batch of padded texts gains nothing over one pair after the other; with so few pairs what a call costs counts, too' if job == 'bertscore' else ''
     return line(f"{NAMES[job]} of {r['peer_pairs']:,} reports", (r['peer'], r['seconds']['peer']), ('petvlm', r['seconds']['petvlm']), note=f"scores differ by at most {r['largest_difference']:.0e} of 100{whole}{why}")
 
 
