@@ -10,7 +10,8 @@ HEAD = """# Benchmarks
 
 Each benchmark runs peer and petvlm in one process (or each in processes of their own, where peak memory counts), in turn, the order turning. *Ratio* is the median over the rounds of
 peer to ours within a round, smallest and largest in brackets: above 1, petvlm is faster or smaller. Where a bar is set (issue 7), its line says what it is and whether it is met.
-Numbers are those of the machine named below; nothing here is a test, and no test is timed.
+Numbers are those of the machine named below, with the load (waiting processes) that it had at the end: seconds of benchmarks that count CPU time do not hold the wait, but caches and memory are shared.
+Nothing here is a test, and no test is timed.
 """
 
 
@@ -90,7 +91,7 @@ def ran(name, r):
     "Where and when: the JSON's `machine` is a dictionary since the harness, a word before."
     m = r['machine'] if isinstance(r.get('machine'), dict) else {'cpu': r.get('machine'), 'cores': r.get('cores'), 'python': r.get('python')}
     cores = f"{m.get('cores_used') or ''} of {m.get('cores') or m.get('cpus') or '?'}".removeprefix(' of ')
-    cells = [name, r.get('when') or r.get('date') or '', m.get('cpu') or m.get('machine') or '', cores, m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
+    cells = [name, r.get('when') or r.get('date') or '', m.get('cpu') or m.get('machine') or '', cores, m.get('load', ''), m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
     return '| ' + ' | '.join(str(c).replace('|', '/') for c in cells) + ' |'
 
 def page(results):
@@ -98,7 +99,7 @@ def page(results):
     head = lambda *cells: ['| ' + ' | '.join(cells) + ' |', '|' + '---|'*len(cells)]
     out = [HEAD, *head('benchmark', 'job', 'peer', 'ours', 'ratio', 'bar', 'met', 'limit, reason')]
     out += [row(name, x) for name, r in results.items() for x in lines(name, r)]
-    out += ['', '## What they ran on', '', *head('benchmark', 'when (UTC)', 'processor', 'cores used', 'threads', 'Python', 'torch', 'revision', 'command')]
+    out += ['', '## What they ran on', '', *head('benchmark', 'when (UTC)', 'processor', 'cores used', 'load', 'threads', 'Python', 'torch', 'revision', 'command')]
     out += [ran(name, r) for name, r in results.items()]
     limits = [f'- **{name}**: {text}' for name, r in results.items() for text in r.get('limits', ())]
     return '\n'.join([*out, *(['', '## Limits and reasons', '', *limits] if limits else [])]) + '\n'
