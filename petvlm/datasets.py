@@ -160,7 +160,7 @@ class Items(Dataset):
         return [(t['question'], t['answer']) for t in turns]
 
 # %% ../nbs/09_datasets.ipynb #c875eddc
-FEEDERS = 8      # per card: twice as many batches lie ready in shared memory
+FEEDERS = 12     # per card: twice as many batches lie ready in shared memory
 
 def feeders(cards: int, cores: int | None = None) -> int:
     "Worker processes that make batches for one of this machine's `cards`: the `cores` (by default those that this process may use) shared among the cards, less one for the training, at most `FEEDERS`. None without a card: there they would take a core from the training."
