@@ -2,6 +2,7 @@
 # make repro SCALE=smoke   the same path, too short to learn anything
 # make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
 # make fuzz             20,000 damaged inputs: right, refused, wrong, crashed, hung (two minutes)
+# make bench            every benchmark beside its peer, and benchmarks/README.md (BENCH="--quick data" for a look at one)
 # make tables           every table, the lesions, the claims and the summary page again, from the results that are there
 # make papers           nbs/papers again, from the tables
 # make lab              JupyterLab
@@ -11,6 +12,7 @@ VENV   ?= .venv
 SCALE  ?=
 DICOM  ?=
 INPUTS ?= 20000
+BENCH  ?=
 BIN     = $(abspath $(VENV))/bin
 STAMP   = $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
@@ -18,7 +20,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env data plan repro tables papers test test-slow fuzz lab study docs lock clean
+.PHONY: help env data plan repro tables papers test test-slow fuzz bench lab study docs lock clean
 
 help:
 	@sed -n 's/^# \(make.*\)/  \1/p' Makefile
@@ -52,6 +54,9 @@ test-slow: env
 
 fuzz: env
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs $(INPUTS)
+
+bench: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(BENCH)
 
 tables: env
 	$(BIN)/python -m dvc repro -s -f tables

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_datasets.ipynb #dc1754e7
 from __future__ import annotations
-import json
+import json, os
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
@@ -14,8 +14,8 @@ from .m3dvqa import PHASES, PLANES
 from .prepare import standardise, usual_of
 
 # %% auto #0
-__all__ = ['LABELS', 'INDEX', 'VIEWS', 'NO_PLACE', 'SIZE_SCALE', 'FACETS', 'label_of', 'visible', 'DatasetError', 'Rows',
-           'placed', 'about', 'lattice_truth', 'truths', 'Items']
+__all__ = ['LABELS', 'INDEX', 'VIEWS', 'NO_PLACE', 'SIZE_SCALE', 'FACETS', 'FEEDERS', 'label_of', 'visible', 'DatasetError',
+           'Rows', 'placed', 'about', 'lattice_truth', 'truths', 'Items', 'feeders']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -61,7 +61,7 @@ class Rows:
         "Input `name` of row `i` as the encoders read it, float32 (D, H, W): deviations from the usual at that place where that was measured, else as stored; 'suv' is PET in SUVbw."
         record = self.records[i]
         if name == 'suv' and (unit := record.get('pet_unit', 'SUVbw')) != 'SUVbw': raise DatasetError(f"{self.folder}: PET is {unit}, not SUVbw; what needs SUV, such as the alignment loss, cannot be trained on it (objective: {{align: 0}})")
-        if name == 'suv': return self.arrays['pet'][record['row']].astype(np.float32)*self.suv_max
+        if name == 'suv': return np.multiply(self.arrays['pet'][record['row']], self.suv_max, dtype=np.float32)
         if name not in self.arrays: raise DatasetError(f"{self.folder}: no array {name!r}; there are {sorted(self.arrays)}")
         stored, usual = self.arrays[name][record['row']], self.standard.get(f"{name}.{usual_of(record)}")
         return stored.astype(np.float32) if usual is None else standardise(stored, name, usual, self.suv_max)
@@ -102,11 +102,17 @@ def truths(findings: list[dict], lattices, shape, suv_max: float, words: Sequenc
     if lost: raise DatasetError(f"{lost} of {len(findings)} findings of a row ({words[0]}) have no place (voxel): {NO_PLACE}")
     return np.concatenate([lattice_truth(findings, grid, shape, suv_max, words) for grid in lattices])
 
-# %% ../nbs/09_datasets.ipynb #4febb420
+# %% ../nbs/09_datasets.ipynb #4eaa10db
 def _shift(x: np.ndarray, by) -> np.ndarray:
-    "`x` moved by whole voxels, edges repeated."
-    index = [np.clip(np.arange(n) - b, 0, n - 1) for n, b in zip(x.shape, by)]
-    return x[np.ix_(*index)]
+    "`x` moved by whole voxels, edges repeated; `x` itself where it stays. Blocks are copied, which takes a fraction of the time of naming every voxel."
+    by = [int(np.clip(b, 1 - n, n - 1)) for n, b in zip(x.shape, by)]        # farther than that there is nothing but edge
+    if not any(by): return x
+    out, size = np.empty_like(x), list(zip(x.shape, by))
+    out[tuple(slice(max(b, 0), n + min(b, 0)) for n, b in size)] = x[tuple(slice(max(-b, 0), n - max(b, 0)) for n, b in size)]
+    for axis, (n, b) in enumerate(size):
+        edge, beside = (slice(0, b), slice(b, b + 1)) if b > 0 else (slice(n + b, n), slice(n + b - 1, n + b))
+        out[(slice(None),)*axis + (edge,)] = out[(slice(None),)*axis + (beside,)]
+    return out
 
 class Items(Dataset):
     """`length` training items of `rows`: item `i` depends on `(seed, i)` alone. `inputs`: the images wanted (`Rows.image`); `lattices`: those of the image tokens, `heads`: those of the tokens that heads read.
@@ -152,3 +158,11 @@ class Items(Dataset):
         asked = rec[task] if task in ('open', 'closed') else [q for q in rec['single'] if task == 'single' or q['kind'] == task]
         turns = rec['multi'] if task == 'multi' else [asked[int(rng.integers(len(asked)))]]
         return [(t['question'], t['answer']) for t in turns]
+
+# %% ../nbs/09_datasets.ipynb #c875eddc
+FEEDERS = 12     # per card: twice as many batches lie ready in shared memory
+
+def feeders(cards: int, cores: int | None = None) -> int:
+    "Worker processes that make batches for one of this machine's `cards`: the `cores` (by default those that this process may use) shared among the cards, less one for the training, at most `FEEDERS`. None without a card: there they would take a core from the training."
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    return min(FEEDERS, max(1, cores//cards - 1)) if cards else 0

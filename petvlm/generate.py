@@ -6,13 +6,15 @@
 from __future__ import annotations
 from collections.abc import Callable
 import numpy as np, torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from .datasets import Rows
 from .processor import PetVLMProcessor
+from .tokens import Tokens
 from .vlm import PetVLM
 
 # %% auto #0
-__all__ = ['ARMS', 'GenerateError', 'other_patient', 'write']
+__all__ = ['ARMS', 'GenerateError', 'other_patient', 'heads_first', 'primed', 'answers', 'write']
 
 # %% ../nbs/21_generate.ipynb #800e820a
 class GenerateError(ValueError):
@@ -45,6 +47,40 @@ ARMS: dict[str, Callable] = {
     'ct_only': lambda rows, other, i, name, seed: _flat(rows.image(i, name)) if name.startswith('pet') else rows.image(i, name),
     'noise': lambda rows, other, i, name, seed: rows.image(i, name) if name.startswith('mask') else _noise(rows.image(i, name), [seed, i])}
 
+# %% ../nbs/21_generate.ipynb #78715c95
+def heads_first(input_ids: Tensor, attention_mask: Tensor, image_token_id: int) -> tuple[Tensor, Tensor, int]:
+    "Left-padded prompts (B, S) with each head (all up to the last `image_token_id`) moved before the padding, their mask, and the length of the heads. Raises `GenerateError` for heads of several lengths."
+    at = torch.arange(input_ids.shape[1], device=input_ids.device)
+    head = attention_mask.bool() & (at <= ((input_ids == image_token_id)*at).amax(1, keepdim=True))
+    lengths = head.sum(1)
+    if bool((lengths != lengths[0]).any()): raise GenerateError(f"prompts whose image ends after {sorted(set(lengths.tolist()))} tokens; expected one length: make them with one processor")
+    order = torch.where(head, at - len(at), at).argsort(1)
+    return input_ids.gather(1, order), attention_mask.gather(1, order), int(lengths[0])
+
+def primed(model: PetVLM, input_ids: Tensor, attention_mask: Tensor, seen: Tokens, which: Tensor) -> dict:
+    "What the language model's `generate` takes to go on from heads that were read once per image: `inputs_embeds`, `attention_mask`, `past_key_values`. `seen`: image tokens (n, N, hidden); `which` (B,): the image of each prompt. Raises `GenerateError` where prompts about one image begin differently."
+    ids, mask, n = heads_first(input_ids, attention_mask, model.config.image_token_id)
+    shown, which = which.unique(return_inverse=True)
+    first = torch.stack([(which == i).nonzero()[0, 0] for i in range(len(shown))])
+    if not torch.equal(ids[first][which, :n], ids[:, :n]): raise GenerateError("prompts about one image begin differently; expected the same tokens up to the last image token: make them with one processor")
+    cache = model.lm(inputs_embeds=model.embed(ids[first, :n], seen.replace(seen.x[shown])), use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_select_indices(which)
+    rest = model.get_input_embeddings()(ids[:, n:])
+    read = rest.new_zeros(1, 1, 1).expand(len(ids), n, rest.shape[-1])               # `generate` wants the whole length and looks at the new part only
+    return dict(inputs_embeds=torch.cat([read, rest], 1), attention_mask=mask, past_key_values=cache)
+
+@torch.no_grad()
+def answers(model: PetVLM, input_ids: Tensor, attention_mask: Tensor, images: dict[str, Tensor], which: Tensor, max_new_tokens: int = 160, **kw) -> Tensor:
+    """New token ids (B, T) after left-padded prompts (B, S), those of `model.generate`. `images`: (n, 1, D, H, W) each; `which` (B,): the image that each prompt is about.
+
+    Encoder-decoders (whose encoder reads the question with the image), searches with several beams, sliding windows that the text outgrows and questions of which each has its own image go through `model.generate`."""
+    lm = model.lm.config
+    window = getattr(lm, 'sliding_window', None) or input_ids.shape[1] + max_new_tokens
+    alone = len(which.unique()) == len(which)
+    if alone or lm.is_encoder_decoder or kw.get('num_beams', 1) > 1 or window < input_ids.shape[1] + max_new_tokens:
+        return model.generate(input_ids, attention_mask, images=images, which=which, max_new_tokens=max_new_tokens, **kw)
+    return model.lm.generate(**primed(model, input_ids, attention_mask, model.image_tokens(images), which), max_new_tokens=max_new_tokens, **kw)
+
 # %% ../nbs/21_generate.ipynb #607e1590
 @torch.no_grad()
 def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tuple[int, str]], arm: str = 'real', batch: int = 64,
@@ -58,7 +94,7 @@ def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tup
         shown, which = np.unique([asked[k][0] for k in part], return_inverse=True)
         images = {n: torch.from_numpy(np.stack([ARMS[arm](rows, other, i, n, seed) for i in shown]))[:, None].to(model.device) for n in model.reads}
         prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
-        ids = model.generate(**prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
-                             pad_token_id=processor.tokenizer.pad_token_id)
+        ids = answers(model, **prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
+                      pad_token_id=processor.tokenizer.pad_token_id)
         for k, text in zip(part, processor.decode(ids)): texts[k] = text
     return texts

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv, json, logging, os, shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 import numpy as np
 from .config import Data, digest
@@ -22,8 +23,8 @@ from .wording import ReportError
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PET_UNITS', 'BAD_STUDY', 'FEW', 'PrepareError', 'region_grid', 'relative', 'to_grid', 'scaled', 'stated',
-           'record', 'feature', 'usual_of', 'standards', 'standardise', 'region_rows', 'prepare']
+__all__ = ['log', 'PET_UNITS', 'SLAB', 'BAD_STUDY', 'FEW', 'PrepareError', 'region_grid', 'relative', 'to_grid', 'scaled',
+           'stated', 'record', 'feature', 'usual_of', 'standards', 'standardise', 'region_rows', 'prepare']
 
 # %% ../nbs/08_prepare.ipynb #8746063b
 class PrepareError(ValueError):
@@ -100,7 +101,7 @@ def record(study: Study, region: str, grid: Volume, data: Data, n_single: int = 
     return dict(patient=study.provenance.get('patient', study.id), study=study.id, region=region, text=text, parts=split(text, language=data.language), findings=[f.to_dict() | {'voxel': inside(f)} for f in findings],
                 findings_from=study.provenance.get('findings', 'truth'), pet_unit=data.pet_unit, affine=grid.affine.round(4).tolist()) | questions
 
-# %% ../nbs/08_prepare.ipynb #a20eaff4
+# %% ../nbs/08_prepare.ipynb #a5401a49
 def feature(x: np.ndarray, name: str, suv_max: float) -> np.ndarray:
     "What is standardised: log(SUVbw + 0.3) for PET, the windowed HU for CT. `x` in stored units."
     x = x.astype(np.float32)
@@ -124,9 +125,23 @@ def standards(folder: Path, names: Sequence[str], suv_max: float = 10., room: in
             out[f'{name}.{region}'] = np.stack([mean, np.maximum(sd, max(np.median(sd)/2, 1e-3))])
     return out
 
+SLAB = 2**16       # voxels worked on at a time: they, and what they are compared with, stay in a core's cache
+
+@cache
+def _looked_up(name: str, suv_max: float) -> np.ndarray:
+    "`feature` of each of the 65,536 half-precision numbers, at the place that its bits name."
+    with np.errstate(all='ignore'): return feature(np.arange(2**16, dtype=np.uint16).view(np.float16), name, suv_max)     # negative ones are never stored
+
 def standardise(x: np.ndarray, name: str, standard: np.ndarray, suv_max: float) -> np.ndarray:
-    "Stored values of one region as deviations from the usual, clipped to [-4, 8]."
-    return np.clip((feature(x, name, suv_max) - standard[0])/standard[1], -4, 8)
+    "Stored values (D, H, W) of one region as deviations from the usual `standard` (2, D, H, W), clipped to [-4, 8]; float32. Slab by slab; the logarithm of half-precision numbers is looked up: the numbers are those of the formula, bit for bit."
+    out, step = np.empty(x.shape, np.float32), max(1, SLAB//max(1, int(np.prod(x.shape[1:]))))
+    for d in range(0, len(x), step):
+        part, o = x[d:d + step], out[d:d + step]
+        if x.dtype == np.float16: np.take(_looked_up(name, suv_max), part.view(np.uint16), out=o, mode='clip')
+        else: o[...] = feature(part, name, suv_max)
+        o -= standard[0, d:d + step]; o /= standard[1, d:d + step]
+        np.clip(o, -4, 8, out=o)
+    return out
 
 # %% ../nbs/08_prepare.ipynb #9f8d5dc9
 def region_rows(study: Study, data: Data, split: str) -> list[tuple[dict, dict]]:

@@ -1,0 +1,205 @@
+"""Prepared volumes to batches, side by side: petvlm's memory-mapped half precision, MONAI's CacheDataset and PersistentDataset.
+
+    python benchmarks/data.py                                       # 4 regions of PET and CT, 128 x 256 x 256, batches of 2
+    python benchmarks/data.py --shape 140 480 480 --regions 2       # ViPET-VLM's published size
+    python benchmarks/data.py --quick
+
+The job: batches of PET and CT `(B, 1, D, H, W)` float32, each voxel as its deviation from what is usual there, moved by up to one voxel. petvlm reads what `prepare` wrote (float16, memory-mapped) and standardises
+at every visit. CacheDataset keeps the finished float32 tensors in memory and only moves them; PersistentDataset keeps them on disk, a file a region. Both have MONAI's fastest settings (no copy of the cache) and
+move by the same code. `before`: petvlm's own code until 2026-11-26, the formula in one line and every voxel named. `halves`: only reading, moving and stacking float16, what would be left if the device standardised.
+All files are in the page cache, as an epoch after the first finds them. Seconds are CPU time of one process.
+
+Waiting: one worker process makes batches ahead while a consumer sleeps for a step's time; how long it waits on top of that. What published sizes ask for is arithmetic (`published`), from their FLOPs.
+"""
+import functools, json, shutil, sys, tempfile, time
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+from table import line
+
+WAYS = ('CacheDataset', 'PersistentDataset', 'petvlm', 'before', 'halves')
+INPUTS, SUV_MAX, WINDOW = ('pet', 'ct'), 10., (-1000., 1000.)
+PEAK, SHARE = 989e12, .4              # H100 SXM, dense bf16 (NVIDIA's data sheet); what large language models reach of it in training
+PUBLISHED = {                         # stage -> voxels of an item, parameters of the language model, tokens of an item, FLOPs per parameter and token (2 forward, 2 back through frozen weights, 2 for gradients of moving ones)
+    'vipet instruct (PET, CT and SUV of 140 x 480 x 480; Mistral-7B, LoRA)': (3*140*480*480, 7.24e9, 896 + 200, 4),
+    'med3dvlm instruct (CT of 128 x 256 x 256; Qwen2.5-7B, LoRA)': (128*256*256, 7.6e9, 256 + 200, 4),
+    'petar full (six images of 32 x 256 x 256; Phi-3-mini, all of it)': (6*32*256*256, 3.8e9, 256 + 150, 6)}
+
+
+def ready(): import monai.data, monai.transforms, torch, petvlm.datasets  # noqa: F401
+
+
+# ---- the same regions for all: float16 as `prepare` writes them, float32 in SUV and HU for MONAI
+
+def make(folder, shape, regions):
+    "Bodies of noise: PET in SUVbw, CT in HU."
+    import numpy as np
+    from petvlm.prepare import _header
+    folder, rng = Path(folder), np.random.default_rng(0)
+    (folder/'ours').mkdir(parents=True); (folder/'theirs').mkdir()
+    _, h, w = np.ogrid[:shape[0], :shape[1], :shape[2]]
+    body = ((h/shape[1] - .5)/.35)**2 + ((w/shape[2] - .5)/.45)**2 < 1
+    files = {k: open(folder/f'ours/{k}.npy', 'wb') for k in INPUTS}
+    for i in range(regions):
+        full = {'pet': np.where(body, rng.standard_exponential(shape, np.float32), np.float32(0)), 'ct': np.where(body, 40 + 120*rng.standard_normal(shape, np.float32), np.float32(-1000))}
+        lo, hi = WINDOW
+        kept = {'pet': np.clip(full['pet']/SUV_MAX, 0, 3).astype(np.float16), 'ct': np.clip((full['ct'] - lo)/(hi - lo), 0, 1).astype(np.float16)}       # as petvlm.prepare.scaled
+        for k in INPUTS:
+            np.save(folder/f'theirs/{k}_{i}.npy', full[k])
+            if not i: _header(files[k], kept[k], regions)
+            files[k].write(kept[k].data)
+    for f in files.values(): f.close()
+    np.savez(folder/'ours/standard.npz', **{f'{k}.chest': np.stack([.1*rng.standard_normal(shape, np.float32), .2 + rng.random(shape, np.float32)]) for k in INPUTS})
+    record = lambda i: dict(row=i, split='train', region='chest', patient=f'p{i}', text='-', findings=[], findings_from='report')
+    (folder/'ours/rows.jsonl').write_text(''.join(json.dumps(record(i)) + '\n' for i in range(regions)), encoding='utf-8')
+    return sum(p.stat().st_size for p in (folder/'ours').glob('*.npy'))
+
+
+# ---- the ways: each a data set of items {'pet', 'ct'}
+
+def prepared(folder, length, shift=1):
+    from petvlm.datasets import Items, Rows
+    return Items(Rows(Path(folder)/'ours', 'train', SUV_MAX), length, seed=1, inputs=INPUTS, ask=lambda rng, record: '-', shift=shift)
+
+class Mapped:
+    "Items of petvlm read by another `image(rows, row, name, by)`."
+    def __init__(self, items, image): self.items, self.image = items, image
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i):
+        row, by, _ = self.items._drawn(i)
+        return {k: self.image(self.items.rows, row, k, by)[None] for k in INPUTS}
+
+def as_before(rows, row, name, by):
+    import numpy as np
+    from petvlm.prepare import feature
+    mean, sd = rows.standard[f'{name}.chest']
+    x = np.clip((feature(rows.arrays[name][row], name, SUV_MAX) - mean)/sd, -4, 8)
+    return x[np.ix_(*(np.clip(np.arange(n) - b, 0, n - 1) for n, b in zip(x.shape, by)))]
+
+def halves(rows, row, name, by):
+    import numpy as np
+    from petvlm.datasets import _shift
+    return _shift(np.asarray(rows.arrays[name][row]), by)
+
+def monai(way, folder, regions, moved=True):
+    "CacheDataset or PersistentDataset over the same regions; the cache is filled when it returns."
+    import numpy as np, torch
+    from monai.data import CacheDataset, PersistentDataset
+    from monai.transforms import Compose, RandomizableTransform, Transform
+    from petvlm.datasets import _shift
+    from petvlm.prepare import feature
+    with np.load(Path(folder)/'ours/standard.npz') as z: usual = {k: z[f'{k}.chest'] for k in INPUTS}
+    lo, hi = WINDOW
+
+    class Read(Transform):
+        def __call__(self, item):
+            x = {k: np.load(item[k]) for k in INPUTS}
+            stored = {'pet': np.clip(x['pet']/SUV_MAX, 0, 3), 'ct': np.clip((x['ct'] - lo)/(hi - lo), 0, 1)}
+            return {k: torch.from_numpy(np.clip((feature(stored[k], k, SUV_MAX) - usual[k][0])/usual[k][1], -4, 8)[None]) for k in INPUTS}
+
+    class Moved(RandomizableTransform):
+        def __call__(self, item):
+            by = self.R.randint(-1, 2, 3)
+            return {k: torch.from_numpy(_shift(x[0].numpy(), by)[None]) for k, x in item.items()}
+
+    data = [{k: str(Path(folder)/f'theirs/{k}_{i}.npy') for k in INPUTS} for i in range(regions)]
+    steps = Compose([Read(), *([Moved()] if moved else [])])
+    if way == 'CacheDataset': return CacheDataset(data, steps, progress=False, copy_cache=False)
+    kept = PersistentDataset(data, steps, Path(folder)/'cache')
+    for i in range(regions): kept[i]
+    return kept
+
+def dataset(way, folder, regions, length):
+    items = functools.partial(prepared, folder, length)
+    return {'petvlm': items, 'before': lambda: Mapped(items(), as_before), 'halves': lambda: Mapped(items(), halves)}.get(way, lambda: monai(way, folder, regions))()
+
+def collate(items):
+    import torch
+    return {k: torch.stack([torch.as_tensor(x[k]) for x in items]) for k in INPUTS}
+
+def loader(way, folder, regions, batch, batches, **kw):
+    from torch.utils.data import DataLoader
+    found = dataset(way, folder, regions, batch*batches)
+    return DataLoader(found, batch_size=batch, sampler=[i % len(found) for i in range(batch*batches)], collate_fn=collate, **kw)
+
+
+# ---- what is measured
+
+def differences(folder, regions):
+    "How far petvlm's tensors lie from those that MONAI keeps: the loss by half precision, in standard deviations."
+    ours, theirs = prepared(folder, regions, shift=0), monai('CacheDataset', folder, regions, moved=False)
+    return {k: max(float(abs(ours[i][k] - theirs[ours.row(i)][k].numpy()).max()) for i in range(regions)) for k in INPUTS}
+
+def times(folder, regions, batch, repeats):
+    "CPU seconds of all batches of one epoch, every way."
+    loaders = {w: loader(w, folder, regions, batch, regions//batch) for w in WAYS}
+    def epoch(way):
+        for _ in loaders[way]: pass
+    return harness.interleaved({w: functools.partial(epoch, w) for w in WAYS}, repeats, clock=time.process_time)
+
+def memory(way, folder, regions, batch):
+    with harness.peak() as m:
+        for _ in loader(way, folder, regions, batch, regions//batch): pass
+    return m
+
+def waiting(way, folder, regions, batch, step, batches):
+    "Seconds that a consumer with steps of `step` seconds waits for each batch, with one worker process."
+    it, waited = iter(loader(way, folder, regions, batch, batches + 2, num_workers=1, prefetch_factor=2)), []
+    next(it); time.sleep(step)                       # the worker's start is not counted
+    for _ in range(batches):
+        start = time.perf_counter(); next(it); waited.append(time.perf_counter() - start); time.sleep(step)
+    return waited
+
+
+def published(voxels_per_second):
+    "What a card asks for at published sizes, and how many of these cores feed it."
+    out = []
+    for name, (voxels, parameters, tokens, per) in PUBLISHED.items():
+        seconds = per*parameters*tokens/(PEAK*SHARE)
+        out.append({'stage': name, 'card_seconds_per_item': seconds, 'core_seconds_per_item': voxels/voxels_per_second, 'cores_per_card': voxels/voxels_per_second/seconds, 'stored_gb_per_second': 2*voxels/seconds/1e9})
+    return out
+
+
+def table(a, seconds, peaks, waits, wanted):
+    volumes, one = len(INPUTS)*a.regions, lambda w: [s/(len(INPUTS)*a.regions) for s in seconds[w]]
+    size = ' x '.join(map(str, a.shape))
+    out = [line(f'a volume of {size}, stored to batch', (w, one(w)), ('petvlm', one('petvlm')), note=why) for w, why in
+           (('CacheDataset', f"keeps every finished volume in memory: {4*a.shape[0]*a.shape[1]*a.shape[2]/1e6:.0f} MB each, 1,000 PET/CT regions {8*a.shape[0]*a.shape[1]*a.shape[2]/1e6:.0f} GB; petvlm computes it again at every visit"),
+            ('PersistentDataset', 'reads twice the bytes, and a copy of all data as float32 lies on the disk'), ('before', 'the same numbers, bit for bit'))]
+    out += [line('memory that an epoch takes', (w, peaks[w]['rise_mb']), ('petvlm', peaks['petvlm']['rise_mb']), unit='MB', note=f'{volumes} volumes; pages of mapped files are counted, which the kernel may drop') for w in WAYS[:2]]
+    for step in a.steps:
+        w = {x['way']: x for x in waits if x['step'] == step}
+        out.append(line(f'wait for a batch of {a.batch} regions beside steps of {step:g} s, one worker', ('CacheDataset', w['CacheDataset']['median']), ('petvlm', w['petvlm']['median']), None, bar='none (at most 2 % of a step)', met=w['petvlm']['median'] <= .02*step,
+                        note='one worker on a core that it shares with what else runs (see the load): a batch takes it longer than a step; more workers share the batches among them, as many as the lines below say'))
+    out += [line(f"a card at 40 % of its peak never waits: {x['stage']}", ('one core, per item', x['core_seconds_per_item']), ('card, per item', x['card_seconds_per_item']), None, bar='worker cores a card needs', note=f"{x['cores_per_card']:.1f} cores; {x['stored_gb_per_second']:.1f} GB/s of float16 from disk or page cache; arithmetic from the measured voxels per second, no card was at hand") for x in wanted]
+    return out
+
+
+def main(argv=None):
+    def add(p):
+        p.add_argument('--shape', type=int, nargs=3, default=[128, 256, 256]); p.add_argument('--regions', type=int, default=4); p.add_argument('--batch', type=int, default=2)
+        p.add_argument('--steps', type=float, nargs='+', default=[.5, 1.], help='seconds of a step beside which batches are made'); p.add_argument('--batches', type=int, default=3, help='batches waited for'); p.set_defaults(repeats=3)
+    a = harness.options(__doc__, __file__, argv, quick={'shape': [32, 64, 64], 'regions': 4, 'repeats': 2, 'steps': [.05], 'batches': 3}, add=add)
+    shape, room = tuple(a.shape), tempfile.mkdtemp()
+    same, sizes = dict(folder=room, regions=a.regions), dict(folder=room, regions=a.regions, batch=a.batch)
+    waits = [('waiting', sizes | {'way': w, 'step': s, 'batches': a.batches}) for s in a.steps for w in WAYS[:3]]
+    try:
+        stored, seconds, off, *rest = harness.apart(__file__, [('make', {'folder': room, 'shape': shape, 'regions': a.regions}), ('times', sizes | {'repeats': a.repeats}), ('differences', same),
+                                                               *[('memory', sizes | {'way': w}) for w in WAYS[:3]], *waits])
+    finally: shutil.rmtree(room)
+    peaks = dict(zip(WAYS, rest[:3]))
+    found = [{'way': kw['way'], 'step': kw['step'], **harness.spread(w), 'all': w} for (_, kw), w in zip(waits, rest[3:])]
+    voxels = len(INPUTS)*a.regions*shape[0]*shape[1]*shape[2]
+    rate = {w: voxels/harness.spread(s)['median'] for w, s in seconds.items()}
+    wanted = published(rate['petvlm'])
+    rows = [{'way': w, **x, 'voxels_per_second': rate[w], 'float32_gb_per_second': 4*rate[w]/1e9, **({'rise_mb': peaks[w]['rise_mb']} if w in peaks else {})} for w, x in harness.against(seconds).items()]
+    limits = [f"stored: {stored/1e6:.0f} MB float16 for {len(INPUTS)*a.regions} volumes; float16 moves the deviations by at most {off['pet']:.4f} (PET) and {off['ct']:.4f} (CT) standard deviations.",
+              f"one core makes {rate['petvlm']/1e6:.0f} million voxels a second ({2*rate['petvlm']/1e9:.2f} GB/s read, {4*rate['petvlm']/1e9:.2f} GB/s written); {rate['halves']/1e6:.0f} million if the device standardised. Files are in the page cache: a disk has to give what the table's last column says."]
+    harness.write(a, 'prepared volumes to batches', rows, table=table(a, seconds, peaks, found, wanted), waiting=found, published=wanted, differences=off, limits=limits)
+    harness.show(rows, {'way': 's', 'seconds': '8.3f', 'time_ratio': '6.2f', 'voxels_per_second': '12.3g', 'rise_mb': '8.0f'})
+    harness.show(found, {'way': 's', 'step': '6.2f', 'median': '8.3f', 'max': '8.3f'})
+    harness.show(wanted, {'stage': 's', 'card_seconds_per_item': '8.4f', 'core_seconds_per_item': '8.4f', 'cores_per_card': '6.1f', 'stored_gb_per_second': '6.2f'})
+    for text in limits: print(text)
+
+
+if __name__ == '__main__': main()
