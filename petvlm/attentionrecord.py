@@ -200,7 +200,7 @@ def _said(s: Section, k: int, start: int, language: str) -> Iterator[Said]:
     stated = [f for f in parse(s.text, language) if f.span]
     for m in _SENTENCE.finditer(s.text):
         a, b = _span(s.text, *m.span()); repeats = 0 <= mark <= a
-        own = parse(s.text[a:b].removeprefix(wording(language).mark), language) if repeats else [f for f in stated if a <= f.span[0] < b]
+        own = parse(s.text[a:b].removeprefix(wording(language).mark), language) if repeats else [f for f in stated if a <= _span(s.text, *f.span)[0] < b]
         yield Said((start + a, start + b), k, tuple((start + w.start(), start + w.end()) for w in _WORD.finditer(s.text, a, b)), tuple(own), repeats)
 
 def sentences(record: AttentionRecord) -> list[Said]:

@@ -6,7 +6,6 @@ import pytest
 import traitlets as T
 from petvlm.attentionrecord import AttentionRecord, RecordError, ideal_record, maps, save_record, sentences, shares, span_of
 from petvlm.explain import EXPLAIN_STATE, ExplainError, attention_answer, attention_figure, explain_css, explain_script, explained, export_html, overlay_of, spoken_of, tints, with_s
-from petvlm.explaining import ExplainingError, explain, speaker
 from petvlm.findings import Finding, Study
 from petvlm.phantom import draw, sample_patient
 from petvlm.scene import scene_of
@@ -26,8 +25,8 @@ def blind(study): return ideal_record(study, gaze=0)
 
 @pytest.fixture(scope='module')
 def about(record):
-    "The first sentence that states a finding which PET shows, outside the impression."
-    return next(s for s in sentences(record) if s.findings and not s.impression and s.findings[0].uptake == 'increased')
+    "The first sentence outside the impression that states a finding which PET shows, in a region with an S."
+    return next(s for s in sentences(record) if s.findings and not s.impression and s.findings[0].uptake == 'increased' and record.sections[s.section].weights.any())
 
 def with_text(record, region, text):
     "The record with another text in one region, every word a token; it looks as the region's end did."
@@ -89,7 +88,7 @@ def test_the_overlay_lies_on_the_lesion(study, record, about):
     for plane, axis in (('axial', 0), ('coronal', 1), ('sagittal', 2)):
         view = scene.views[plane]; values = overlay_of(scene, record, maps(record, about.span, None, 0), plane, int(k[axis]))
         row = scene.frame.shape[view.rows] - 1 - k[view.rows] if view.flip else k[view.rows]
-        assert values[row, k[view.cols]] == values.max() > .4 and (values == values.max()).mean() < .12 and (values == 0).any(), plane
+        assert values[row, k[view.cols]] == values.max() > .4 and (values == values.max()).mean() < .12 and (plane == 'axial' or (values == 0).any()), plane
 
 def test_a_figure_for_a_paper(study, record, blind, about, tmp_path):
     fig = attention_figure(study, record, about.span, blind, about.span, head=0, dpi=50); fig.savefig(tmp_path/'f.pdf'); fig.savefig(tmp_path/'f.png')
@@ -172,6 +171,7 @@ def test_boxes_in_the_browser_lie_where_python_draws_them(ran, study, record):
 
 # ---------- one line ----------
 def test_records_and_files_are_shown_and_what_is_no_run_is_named(study, record, blind, tmp_path):
+    from petvlm.explaining import ExplainingError, explain, speaker            # torch comes with it
     w = explain(save_record(record, tmp_path/'look.safetensors'), study, blind); assert w.records[0].text == record.text and w.records[1] is blind
     with pytest.raises(ExplainingError, match='not trained'): speaker('vipet', 'paper')
     with pytest.raises(ExplainingError, match='served'): speaker('gpt4o')
