@@ -20,8 +20,8 @@ from .viewer import MIDLINE_MM, middle
 from .volume import FILL, Volume, resample
 
 # %% auto #0
-__all__ = ['LAYERS', 'MOST_MM', 'PEAK_MM', 'blank', 'around', 'Scene', 'told', 'scene_of', 'plane_of', 'Reading', 'in_words',
-           'Sphere', 'distance', 'Spot', 'spots_of']
+__all__ = ['LAYERS', 'LABELS', 'MOST_MM', 'PEAK_MM', 'blank', 'around', 'Scene', 'told', 'scene_of', 'plane_of', 'Reading',
+           'in_words', 'Sphere', 'distance', 'Spot', 'spots_of']
 
 # %% ../nbs/34a_scene.ipynb #faae1f26
 def blank(shape, affine) -> Volume:
@@ -45,14 +45,15 @@ def _box_of(inside) -> np.ndarray:
     return _corners(*[s[[0, -1]] if len(s) else (0, n-1) for s, n in zip(spans, inside.shape)])
 
 # %% ../nbs/34a_scene.ipynb #18985ea3
-LAYERS = {'ct': ('HU',), 'pet': SUV_UNITS, 'organs': ('label',), 'lesions': ('label',)}    # name in a Study -> units that it may have
+LAYERS = {'ct': ('HU',), 'pet': SUV_UNITS, 'organs': ('label',), 'lesions': ('label',), 'hot': ('label',)}    # name in a Study -> units that it may have
+LABELS = tuple(n for n, units in LAYERS.items() if units == ('label',))          # 'hot': the mask S of the alignment loss, made by petvlm.explain
 
 @dataclass(frozen=True, eq=False)
 class Scene:
     "What can be shown of a study: its layers, canonical, each on its own grid; the `frame` that planes are cut on; names of labels. Made by `scene_of`."
     frame: Volume                              # a grid without voxels
     volumes: dict[str, Volume]                 # of LAYERS those that there are
-    names: dict[str, dict[int, str]]           # 'organs' and 'lesions': value -> name
+    names: dict[str, dict[int, str]]           # of each of LABELS: value -> name
     mips: dict = field(default_factory=dict)   # projections made so far, by angle
 
     @cached_property
@@ -66,7 +67,7 @@ class Scene:
     @property
     def images(self) -> tuple[str, ...]: return tuple(n for n in ('ct', 'pet') if n in self.volumes)
     @property
-    def labels(self) -> tuple[str, ...]: return tuple(n for n in ('organs', 'lesions') if n in self.volumes)
+    def labels(self) -> tuple[str, ...]: return tuple(n for n in LABELS if n in self.volumes)
 
     def name(self, layer: str, value: int) -> str:
         "What the label `value` of `layer` is called, e.g. 'organ 5' where nobody named it; '' for background."
@@ -90,7 +91,7 @@ def _parted(lesions: Volume, findings) -> Volume:
 
 # %% ../nbs/34a_scene.ipynb #ade25a15
 def scene_of(study: Study, organs: Mapping[int, str] | None = None, on: str = '') -> Scene:
-    """The scene of `study`: its 'pet' (an SUV), 'ct' (HU), 'organs' and 'lesions' (labels up to 255; label i = findings[i-1]); at least one of the first two. Other volumes are not shown.
+    """The scene of `study`: its 'pet' (an SUV), 'ct' (HU), 'organs', 'lesions' and 'hot' (labels up to 255; lesion i = findings[i-1]); at least one of the first two. Other volumes are not shown.
 
     `organs`: value -> name, by default the phantom's where the study is one. `on`: whose voxels the planes have, 'ct' (the default where there is one) or 'pet'. Raises `SceneError`."""
     found = {name: _layer(name, study.volumes[name]) for name in LAYERS if name in study.volumes}
@@ -101,7 +102,7 @@ def scene_of(study: Study, organs: Mapping[int, str] | None = None, on: str = ''
     base = found[on or images[0]]; frame = blank(base.shape, base.affine)
     if base.unit == 'HU' and 'pet' in found: frame = around(frame, found['pet'].world(_box_of(found['pet'].data >= UPTAKE)))
     known = dict(enumerate(ORGAN_LABELS)) if organs is None and study.id.startswith('phantom-') else dict(organs or {})
-    return Scene(frame, found, {'organs': known, 'lesions': {i: f'{i}: {told(f)}' for i, f in enumerate(study.findings, 1)}})
+    return Scene(frame, found, {'organs': known, 'lesions': {i: f'{i}: {told(f)}' for i, f in enumerate(study.findings, 1)}} | ({'hot': {1: 'in S'}} if 'hot' in found else {}))
 
 # %% ../nbs/34a_scene.ipynb #df8ea3d2
 def _slab(vol: Volume, thin: Volume) -> Volume | None:

@@ -14,7 +14,7 @@ import traitlets as T
 from .figures import Picture, png
 from .findings import Study
 from .lesions import LesionError
-from .scene import Scene, scene_of
+from .scene import LABELS, Scene, scene_of
 from .screen import HU_WINDOWS, MAPS, SUV_WINDOWS, SceneError, colours, outline, to_bytes, window_of
 from .viewer import MIDLINE_MM
 from .volume import VolumeError
@@ -131,12 +131,12 @@ def _mip_answer(scene: Scene, q: Mapping) -> tuple[dict, list]:
 QUESTIONS = {'plane': _plane_answer, 'mip': _mip_answer, 'read': lambda scene, q: ({'reading': scene.read(q['position'])._asdict()}, []),
              'sphere': lambda scene, q: ({'sphere': scene.sphere(q['position'], float(q['radius']))._asdict()}, [])}
 
-def answer(scene: Scene, question) -> tuple[dict, list[bytes]]:
+def answer(scene: Scene, question, known: Mapping = QUESTIONS) -> tuple[dict, list[bytes]]:
     "The answer to one message of the script and its binary buffers. What cannot be answered comes back as a text under 'error', with the number of the question."
     q = question if isinstance(question, Mapping) else {}
     back = {k: q.get(k) for k in ('channel', 'seq', 'view')}
-    if q.get('type') not in QUESTIONS: return back | {'error': f"question is {str(q.get('type'))[:40]!r}, expected one of {list(QUESTIONS)}"}, []
-    try: told, blobs = QUESTIONS[q['type']](scene, q)
+    if q.get('type') not in known: return back | {'error': f"question is {str(q.get('type'))[:40]!r}, expected one of {list(known)}"}, []
+    try: told, blobs = known[q['type']](scene, q)
     except (SceneError, VolumeError, LesionError) as e: return back | {'error': str(e)}, []
     except (LookupError, TypeError, ValueError, OverflowError) as e: return back | {'error': f"question {q['type']!r} cannot be read ({type(e).__name__}: {str(e)[:80]})"}, []
     return told | back, [np.ascontiguousarray(b).tobytes() for b in blobs]
@@ -166,7 +166,7 @@ class State(T.HasTraits):
     opacity = T.Float(.6, min=0., max=1.).tag(sync=True)
     pet_map = T.Enum(list(MAPS), 'hot').tag(sync=True)
     angle = T.Int(0, min=0, max=359).tag(sync=True)
-    outlines = T.List(T.Enum(('organs', 'lesions'))).tag(sync=True)
+    outlines = T.List(T.Enum(LABELS)).tag(sync=True)
 
     def __init__(self, scene: Scene, **traits):
         if unknown := set(traits) - set(self.trait_names()): raise T.TraitError(f"a viewer has no {sorted(unknown)}; it has {STATE}")
@@ -192,7 +192,11 @@ class Viewer(State, anywidget.AnyWidget):
 
     def __init__(self, scene: Scene, setup: dict | None = None, **traits):
         super().__init__(scene, setup=setup or setup_of(scene), **traits)
-        self.on_msg(lambda _, content, buffers: self.send(*answer(self.scene, content)))
+        self.on_msg(lambda _, content, buffers: self.send(*self.answer(content)))
+
+    def answer(self, question) -> tuple[dict, list[bytes]]:
+        "`petvlm.widget.answer` to one message of the script."
+        return answer(self.scene, question)
 
     @property
     def look(self) -> Look: return Look(tuple(self.suv_window), tuple(self.hu_window), self.opacity, self.pet_map, tuple(self.outlines))

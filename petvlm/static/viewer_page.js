@@ -59,7 +59,7 @@ export class Viewer {
     this.shows.outlines();
     for (const [k, box] of boxes) {
       box.addEventListener('change', () => this.store.set('outlines', boxes.filter(b => b[1].checked).map(b => b[0])));
-      bar.append(make('label', {}, box, ` ${k}`));
+      bar.append(make('label', {}, box, ` ${(setup.captions || {})[k] || k}`));
     }
     const tools = setup.images.includes('pet') ? ['crosshair', 'distance', 'sphere'] : ['crosshair', 'distance'];
     bar.append(this.choice('tool', tools, this.tool, v => { this.tool = v; }));
@@ -149,6 +149,7 @@ export class Viewer {
     const r = await this.source.read(this.store.get('position'));
     if (!r) return;
     if (r.error) { this.say(r.error); return; }
+    this.reading = r;
     const about = this.setup.precision ? 'about ' : '', words = [];
     for (const k of this.setup.images) words.push(r.values[k] == null ? `outside the ${k.toUpperCase()}` : k === 'pet' ? `${this.setup.unit} ${about}${fixed(r.values[k])}` : `HU ${about}${r.values[k].toFixed(0)}`);
     this.line.textContent = [...words, r.place, r.side, ...Object.values(r.labels)].filter(Boolean).join('   |   ');
@@ -285,7 +286,7 @@ export class Viewer {
   drawLines(g, p, f) {
     g.lineWidth = Math.max(1, (globalThis.devicePixelRatio || 1)*1.2);
     for (const [layer, lines] of p.lines) for (const [label, xy] of lines) {
-      g.strokeStyle = layer === 'lesions' ? INK.lesions : `hsl(${label*67 % 360}, 90%, 60%)`;
+      g.strokeStyle = INK[layer] || `hsl(${label*67 % 360}, 90%, 60%)`;
       g.beginPath();
       for (let i = 0; i < xy.length; i += 4) { g.moveTo(f.ox + xy[i]*f.kx, f.oy + xy[i + 1]*f.ky); g.lineTo(f.ox + xy[i + 2]*f.kx, f.oy + xy[i + 3]*f.ky); }
       g.stroke();
@@ -327,11 +328,13 @@ export class Viewer {
 }
 
 // ---------- two ways in ----------
+export const PAGES = {};                   // what else than the viewer a `setup` may ask for by `page`: scripts that stand behind this one enter themselves
+const opened = (el, setup, source, store) => new (PAGES[setup.page] || Viewer)(el, setup, source, store);
 // A widget of anywidget: voxels from the kernel, or, where the widget carries them, from its `payload`.
 async function render({model, el}) {
   const setup = model.get('setup'), payload = model.get('payload');
   const source = payload && payload.byteLength ? await LocalSource.open(setup, new Uint8Array(payload.buffer, payload.byteOffset, payload.byteLength)) : new KernelSource(model);
-  const viewer = new Viewer(el, setup, source, new TraitStore(model));
+  const viewer = opened(el, setup, source, new TraitStore(model));
   return () => viewer.close();
 }
 
@@ -341,7 +344,7 @@ export async function page() {
   try {
     const setup = JSON.parse(document.getElementById('petvlm-setup').textContent);
     const source = await LocalSource.open(setup, base64(document.getElementById('petvlm-volumes').textContent.trim()));
-    new Viewer(el, setup, source, new PlainStore(setup.state));
+    opened(el, setup, source, new PlainStore(setup.state));
   } catch (e) { el.append(`This page cannot be shown: ${e.message}`); throw e; }
 }
 

@@ -2,7 +2,7 @@
 // Geometry, letters and names come from petvlm.scene in `setup`; nothing about orientation is assumed here. Texts reach the page as text only, and nothing is fetched.
 
 const PATIENCE = 20000;                     // ms after which an unanswered request is given up
-const INK = {cross: '#00b0ff', ruler: '#ffd600', sphere: '#76ff03', lesions: '#00e5ff'};
+const INK = {cross: '#00b0ff', ruler: '#ffd600', sphere: '#76ff03', lesions: '#00e5ff', hot: '#ff8f00'};
 
 // ---------- pure functions: no page needed (tests/test_widget.py runs them in node) ----------
 export const clamp = (x, lo, hi) => Math.min(Math.max(x, lo), hi);
