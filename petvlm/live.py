@@ -32,7 +32,8 @@ def of_report(report: dict) -> Training:
     return Training(report.get('node', report['stage']), report['stage'], max((int(r['step']) for r in report['log']), default=0), 0, _points(report['log']), 'finished', held_out=report.get('held_out', {}), seconds=float(report['seconds']))
 
 def _of_state(state: dict, node: str, when: float) -> Training:
-    return Training(node, node.rpartition('.')[2], int(state['max_steps']), 0, _points(state['log_history'], when))
+    points = _points(state['log_history'], when)                      # when each was reached is not known: no rate
+    return Training(node, node.rpartition('.')[2], int(state['max_steps']), 0, points, began=when, after=points[-1].step if points else 0)
 
 def _read(path: Path, make: Callable[[dict], Training]) -> Training:
     try: return make(read_json(path, JournalError, dict))
@@ -73,7 +74,7 @@ def speed(t: Training) -> str:
     "'2.5 steps/s, 40 items/s'."
     return '' if math.isnan(t.rate) else f'{t.rate:.3g} steps/s' + (f', {t.rate*t.items:.3g} items/s' if t.items else '')
 
-QUIET = 120.        # s without a line before it is said
+QUIET = 120.        # s without a line before it is said; ten times as long where checkpoints are all there is
 
 def progress(t: Training, now: float) -> str:
     "Where a stage stands, in one line."
@@ -81,7 +82,7 @@ def progress(t: Training, now: float) -> str:
     told = [f'step {t.step}/{t.steps}{part}', speed(t), *([f'loss {last.loss:.4g}', *[f'{k} {v:.4g}' for k, v in last.parts.items()]*(len(last.parts) > 1)] if last else [])]
     if t.state == 'finished': told += [duration(t.seconds), scores(t.held_out)]
     elif t.state == 'trained': told.append('trained; its probe is at work')
-    else: told += [f'learning rate {last.lr:.2g}' if last else 'no step yet', f'done in {duration(t.eta)}', f'silent for {duration(t.silent(now))}: stopped?'*(t.silent(now) > QUIET)]
+    else: told += [f'learning rate {last.lr:.2g}' if last else 'no step yet', f'done in {duration(t.eta)}', f'silent for {duration(t.silent(now))}: stopped?'*(t.silent(now) > QUIET*(1 if t.items else 10))]
     if last and not math.isfinite(last.loss): told.append('THE LOSS IS NOT FINITE')
     return ', '.join(x for x in told if x)
 
