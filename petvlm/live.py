@@ -90,9 +90,9 @@ def progress(t: Training, now: float) -> str:
 MOST = 240        # points of a curve; more are averaged
 
 def terms(t: Training) -> list[str]:
-    "The curves of a stage: the loss, and its parts where there are several."
+    "The curves of a stage: the loss, and its parts where there are several. (Of logged ones the loss is a mean over many steps, a part that of one batch.)"
     parts = sorted({k for p in t.points for k in p.parts})
-    return ['loss', *parts] if len(parts) != 1 else parts
+    return ['loss', *parts] if len(parts) > 1 else ['loss']
 
 def series(t: Training, term: str, most: int = MOST) -> list[tuple[float, float]]:
     "(step, value) of a curve, finite ones, neighbours averaged until there are at most `most`."
