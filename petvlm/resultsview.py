@@ -117,13 +117,14 @@ def table_figure(table: pd.DataFrame, labels: Sequence[str] | None = None) -> go
     lines = [r for _, r in table.iterrows()]
     n, heads = len(STATUS) + 1, [*labels, 'status']
     colours = ['#ffffff', *(_tint(m.colour) for m in STATUS.values())]
-    heat = go.Heatmap(x=heads, y=list(table.index), z=[[0]*len(labels) + [1 + list(STATUS).index(k)] for k in kinds], zmin=-.5, zmax=n - .5, showscale=False, xgap=2, ygap=2, hoverinfo='text', texttemplate='%{text}',
-                      colorscale=[[k/n, c] for i, c in enumerate(colours) for k in (i, i + 1)], text=[[*(written(r, m) for m in labels), f'{STATUS[k].sign} {STATUS[k].word}'] for r, k in zip(lines, kinds)],
-                      hovertext=[[hover(r, m, decimals) for m in heads] for r in lines])
+    heat = go.Heatmap(x=heads, y=list(table.index), z=[[0]*len(labels) + [1 + list(STATUS).index(k)] for k in kinds], zmin=-.5, zmax=n - .5, showscale=False, xgap=2, ygap=2, hoverinfo='skip',
+                      colorscale=[[k/n, c] for i, c in enumerate(colours) for k in (i, i + 1)])
+    words = go.Scatter(x=heads*len(lines), y=[row for row in table.index for _ in heads], mode='text', textfont=dict(size=11), hoverinfo='text', cliponaxis=False, showlegend=False,      # a heatmap's own words do not follow when its rows are sorted
+                       text=[w for r, k in zip(lines, kinds) for w in (*(written(r, m) for m in labels), f'{STATUS[k].sign} {STATUS[k].word}')], hovertext=[hover(r, m, decimals) for r in lines for m in heads])
     menu = dict(type='dropdown', x=0, xanchor='right', y=1.02, yanchor='bottom', showactive=True, buttons=[dict(label=name, method='relayout', args=[{'yaxis.categoryarray': order}]) for name, order in orders(table, labels).items()])
-    fig = go.Figure(heat, dict(template='none', height=110 + 40*len(table), width=330 + 145*len(heads), margin=dict(l=290, r=10, t=90, b=10), updatemenus=[menu], font=dict(size=12), paper_bgcolor='#fff', plot_bgcolor='#e4e4e4', hoverlabel=dict(align='left', bgcolor='#fffff0', font=dict(color='#1a1a1a'))))
-    fig.update_xaxes(side='top', type='category', fixedrange=True, showgrid=False, tickangle=0, tickvals=heads, ticktext=['<br>'.join(wrap(h, 17)) for h in heads])
-    fig.update_yaxes(type='category', categoryorder='array', categoryarray=list(table.index), autorange='reversed', tickvals=list(table.index), ticktext=[escape(m) for m in table['model']], fixedrange=True, showgrid=False)
+    fig = go.Figure([heat, words], dict(template='none', height=110 + 40*len(table), width=330 + 125*len(heads), hovermode='closest', hoverdistance=65, margin=dict(l=290, r=10, t=90, b=10), updatemenus=[menu], font=dict(size=12), paper_bgcolor='#fff', plot_bgcolor='#e4e4e4', hoverlabel=dict(align='left', bgcolor='#fffff0', font=dict(color='#1a1a1a'))))
+    fig.update_xaxes(side='top', type='category', fixedrange=True, showgrid=False, range=[-.5, len(heads) - .5], tickangle=0, tickvals=heads, ticktext=['<br>'.join(wrap(h, 17)) for h in heads])
+    fig.update_yaxes(type='category', categoryorder='array', categoryarray=list(table.index), range=[len(table) - .5, -.5], tickvals=list(table.index), ticktext=[escape(m) for m in table['model']], fixedrange=True, showgrid=False)
     return fig
 
 # %% ../nbs/33d_results.ipynb #0381cb75
@@ -197,7 +198,7 @@ def forest_figure(found: pd.DataFrame) -> go.Figure:
                                      hoverinfo='text', hovertext=[_told(r) for r in some.itertuples()], marker=dict(symbol=mark.symbol, size=11, color=mark.colour), error_x=dict(type='data', symmetric=False, array=(some['hi'] - some['d']).tolist(), arrayminus=(some['d'] - some['lo']).tolist(), color=mark.colour, thickness=2, width=0)), 1, k)
             seen.add(kind)
         fig.add_vline(x=0, line=dict(color='#333333', width=1), row=1, col=k)
-    fig.update_layout(template='none', height=190 + 55*len(rows), width=260 + 200*len(labels), margin=dict(l=250, r=15, t=60, b=95), legend=dict(orientation='h', y=-.3, yanchor='top', x=0), font=dict(size=12), paper_bgcolor='#fff', hoverlabel=dict(align='left', bgcolor='#fffff0', font=dict(color='#1a1a1a')),
+    fig.update_layout(template='none', height=190 + 55*len(rows), width=260 + 170*len(labels), margin=dict(l=250, r=15, t=60, b=95), legend=dict(orientation='h', y=-.3, yanchor='top', x=0), font=dict(size=12), paper_bgcolor='#fff', hoverlabel=dict(align='left', bgcolor='#fffff0', font=dict(color='#1a1a1a')),
                       title=dict(text=escape(_minus(found)), font=dict(size=13), x=.01))
     fig.update_yaxes(type='category', categoryorder='array', categoryarray=rows[::-1], tickvals=rows, ticktext=[escape(models[r]) for r in rows], range=[-.6, len(rows) - .3])
     fig.update_xaxes(zeroline=False, gridcolor='#eeeeee')

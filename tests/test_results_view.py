@@ -70,11 +70,12 @@ def test_every_measured_cell_leads_to_its_run(table):
     fig = table_figure(table); heads, rows = list(fig.data[0].x), list(fig.data[0].y)
     for row in rows:
         for k, head in enumerate(heads):
-            told = fig.data[0].hovertext[rows.index(row)][k]
+            told = fig.data[1].hovertext[rows.index(row)*len(heads) + k]; assert (fig.data[1].y[rows.index(row)*len(heads) + k], fig.data[1].x[rows.index(row)*len(heads) + k]) == (row, head)
             if isinstance(table.loc[row, 'run'], str): assert f"run: {table.loc[row, 'run']}" in told and 'data hash: 12345e7' in told and 'file: runs/' in told and '15 patients' in told
             if head != 'status': assert f'{head}: ' in told
-    assert 'not run: needs' in fig.data[0].hovertext[rows.index('gpt4o')][0] and fig.data[0].text[rows.index('gpt4o')][-1] == '· not run'
-    assert 'p of the difference, after Holm' in fig.data[0].hovertext[rows.index('no_fusion')][0]
+    of = lambda row, k: rows.index(row)*len(heads) + k
+    assert 'not run: needs' in fig.data[1].hovertext[of('gpt4o', 0)] and fig.data[1].text[of('gpt4o', len(heads) - 1)] == '· not run'
+    assert 'p of the difference, after Holm' in fig.data[1].hovertext[of('no_fusion', 0)]
 
 def test_texts_from_outside_stay_texts(table):
     evil = table.copy(); evil.attrs = table.attrs; evil.loc['vipet', ['model', 'run', 'file']] = EVIL
