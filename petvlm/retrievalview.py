@@ -87,7 +87,7 @@ def _thumb(x: np.ndarray) -> str:
 
 def setup_of(pairs: Pairs) -> dict:
     "What the script needs, as JSON."
-    return dict(names=list(pairs.names), texts=list(pairs.texts), thumbs=[_thumb(t) for t in pairs.thumbs], dim=pairs.image.shape[1], image=_numbers(pairs.image), text=_numbers(pairs.text),
+    return dict(names=list(pairs.names), texts=list(pairs.texts), thumbs=[_thumb(t) for t in pairs.thumbs], size=[pairs.thumbs.shape[2], pairs.thumbs.shape[1]], dim=pairs.image.shape[1], image=_numbers(pairs.image), text=_numbers(pairs.text),
                 recalls={way: {str(k): v for k, v in by.items()} for way, by in pairs.recalls().items()}, caution=CAUTION)
 
 # %% ../nbs/34e_retrieval.ipynb #bc82ab8b

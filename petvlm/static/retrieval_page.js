@@ -71,7 +71,7 @@ export class Retrieval {
   // --- what is asked ---
   get direction() { return this.store.get('direction'); }
   get found() { return this.direction === 'text' ? 'volume' : 'text'; }
-  picture(i) { return make('img', {src: `data:image/png;base64,${this.setup.thumbs[i]}`, alt: this.setup.names[i], loading: 'lazy'}); }
+  picture(i) { return make('img', {src: `data:image/png;base64,${this.setup.thumbs[i]}`, alt: this.setup.names[i], width: this.setup.size[0], height: this.setup.size[1], loading: 'lazy'}); }
   list() {
     const part = this.word.value.trim().toLowerCase(), rows = [];
     for (let i = 0; i < this.n; i++) {
