@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .config import Config, Paths, digest, resolve
 from .graph import chain, last_nodes, lineage, plan
-from .datasets import Rows
+from .datasets import Rows, about
+from .embed import embed_images, embed_texts
 from .files import atomic
 from .facts import judge, judge_choices, judge_retrieval
 from .endpoint import endpoint_writer, served
@@ -22,8 +23,9 @@ from .generate import ARMS, write
 from .lesionfacts import lesion_scores
 from .lesiontext import insert_measured, parse_lesion
 from .m3dvqa import LETTERS, Guess, is_correct, says
+from .pairs import Pairs, thumbnail, write_pairs
 from .prepare import scaled, standardise, to_grid
-from .probe import similarities
+from .probe import text_of
 from .processor import PetVLMProcessor
 from .reports import report_request
 from .rows import ask, kind_of, parse
@@ -35,7 +37,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
-           'number_accuracy', 'revision', 'provenance', 'trained', 'evaluate_point', 'summary', 'draft_report']
+           'number_accuracy', 'revision', 'provenance', 'trained', 'pairs_of', 'evaluate_point', 'summary',
+           'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
 class Asked(NamedTuple):
@@ -148,13 +151,21 @@ def _joined(judged: dict, more: dict) -> dict:
     if judged['per_patient']['patients'] != more['per_patient']['patients']: raise ValueError(f"{len(more['per_patient']['patients'])} patients have numbers, {len(judged['per_patient']['patients'])} have texts")
     return judged | {part: judged[part] | more[part] for part in ('metrics', 'per_patient')}
 
-def _retrieval(model, processor, rows: Rows, cfg: Config) -> tuple[dict, list]:
-    view = views(cfg, 'clip', 'siglip')[-1]
-    found = similarities(model, processor, rows, view)
-    return judge_retrieval(found, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
+def pairs_of(model: PetVLM, processor: PetVLMProcessor, rows: Rows, view: str, cfg: Config, origin: dict) -> Pairs:
+    "What the towers of `view` make of every row's image and text, with a thumbnail and a name (number, region, plane, phase) of each; nothing that names a patient but what the texts hold."
+    images = [k for k in model.reads if k in rows.arrays]
+    seen = lambda r: thumbnail({k: rows.arrays[k][r['row']] for k in images}, cfg.data.hu_window, cfg.data.suv_max)
+    texts, names = [text_of(r, view) for r in rows.records], [f"{i}: {', '.join(about(r)).replace('_', ' ')}" for i, r in enumerate(rows.records, 1)]
+    return Pairs(embed_images(model, rows, view), embed_texts(model, processor, texts, view), np.stack([seen(r) for r in rows.records]), tuple(names), tuple(texts), origin | {'view': view})
+
+def _retrieval(model, processor, rows: Rows, cfg: Config, folder: Path, source: dict) -> tuple[dict, list]:
+    origin = {'point': cfg.point} | {k: source[k] for k in ('run', 'key', 'data_hash', 'params_hash', 'revision')}
+    pairs = pairs_of(model, processor, rows, views(cfg, 'clip', 'siglip')[-1], cfg, origin)
+    write_pairs(pairs, folder)
+    return judge_retrieval(pairs.similarity, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
 
 def evaluate_point(point: str, where: Paths) -> list[dict]:
-    "Write `results.json`, `predictions.jsonl` and `parameters.json` (all that `params_hash` is of) of a trained or served point, every task and arm; returns the results."
+    "Write `results.json`, `predictions.jsonl` and `parameters.json` (all that `params_hash` is of) of a trained or served point, every task and arm, and of a retrieval its pairs (`petvlm.pairs`); returns the results."
     cfg, folder = resolve(point, where.scale), where.results(point)
     rows, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), [], []
     if served(cfg): model, processor, speak, node = None, None, endpoint_writer(cfg, folder/'asked'), f"{cfg.lm.args['model']} (served)"
@@ -163,7 +174,7 @@ def evaluate_point(point: str, where: Paths) -> list[dict]:
         speak = functools.partial(write, model, processor)
     source = provenance(cfg, where, node)
     for task, arm in ((t, a) for t in cfg.evaluation.tasks for a in arms(cfg, t)):
-        judged, said = _retrieval(model, processor, rows, cfg) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
+        judged, said = _retrieval(model, processor, rows, cfg, folder, source) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
         results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
     folder.mkdir(parents=True, exist_ok=True)
     tell = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)

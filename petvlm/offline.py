@@ -4,13 +4,14 @@
 
 # %% ../nbs/34c_offline.ipynb #fbc9438b
 from __future__ import annotations
-import base64, hashlib, json, logging, zlib
+import base64, hashlib, logging, zlib
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 import numpy as np
 from .files import atomic
 from .findings import Study
+from .onefile import data_block
 from .scene import Scene, blank, scene_of
 from .screen import SceneError
 from .viewer import WARNING
@@ -19,7 +20,7 @@ from .widget import STATE, STEP, State, Viewer, asset, depth_bytes, mip_geometry
 
 # %% auto #0
 __all__ = ['log', 'HU_STOPS', 'LEAST_MM', 'STEP_MM', 'MOST_MM', 'PAGE_MB', 'LABEL_SHARE', 'START', 'CAUTION', 'table_of',
-           'encode', 'coarser', 'reduced', 'load_of', 'data_block', 'html_page', 'export_html', 'embedded']
+           'encode', 'coarser', 'reduced', 'load_of', 'html_page', 'export_html', 'embedded']
 
 # %% ../nbs/34c_offline.ipynb #a503f8fd
 log = logging.getLogger(__name__)
@@ -88,18 +89,13 @@ _PAGE = """<!doctype html>
 """
 CAUTION = 'Research software, not a medical device. ' + WARNING
 
-def data_block(value) -> str:
-    "`value` as JSON that can stand in an HTML script element: no character of it can end the element or begin a tag."
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
-    return text.replace('<', '\\u003c').replace('>', '\\u003e').replace('&', '\\u0026')
-
-def html_page(setup: dict, load: bytes, title: str, code: str = '', css: str = '') -> str:
-    "The whole page as text; `code`, `css`: another view's script and style sheet."
-    code = (code or script()) + START
+def html_page(setup: dict, load: bytes, title: str) -> str:
+    "The whole page as text."
+    code = script() + START
     if '</script' in code.lower(): raise SceneError("the viewer's script holds '</script', which would end it early; break the word")
     sha = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{sha}'; style-src 'unsafe-inline'; img-src data:"
-    return _PAGE.format(policy=policy, title=escape(title), css=css or asset('viewer_page.css'), warning=escape(CAUTION), setup=data_block(setup), load=base64.b64encode(load).decode(), script=code)
+    return _PAGE.format(policy=policy, title=escape(title), css=asset('viewer_page.css'), warning=escape(CAUTION), setup=data_block(setup), load=base64.b64encode(load).decode(), script=code)
 
 # %% ../nbs/34c_offline.ipynb #89dd0e98
 def export_html(study: Study, path, title: str = 'PET/CT study', organs: Mapping[int, str] | None = None, on: str = '', most_mb: float = PAGE_MB, reports: bool = False, **state) -> Path:

@@ -11,16 +11,18 @@ import numpy as np, torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from .config import Config, Paths, Stage, find_root, resolve
 from .graph import chain, path_to, reads
+from .journal import NAME, Journal
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'arguments', 'run_stage',
-           'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
-           'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
+__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'arguments', 'Telling',
+           'run_stage', 'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build',
+           'images_read', 'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -74,12 +76,24 @@ def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> Tra
         save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
         report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
 
-# %% ../nbs/20_train.ipynb #6fcf6bcc
-def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100) -> dict:
-    "Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. Returns the trainable names and the log."
+# %% ../nbs/20_train.ipynb #065edda1
+class Telling(TrainerCallback):
+    "Keeps the journal of a run in its folder of work. `parts`: gives the parts of the loss of the batch just seen."
+    def __init__(self, stage: Stage, parts, told=None): self.stage, self.parts, self.told = stage, parts, told
+    def on_train_begin(self, args, state, control, **kw):
+        self.journal = Journal(Path(args.output_dir)/NAME, told=self.told)
+        self.journal.begin(self.stage.name, state.max_steps, self.stage.batch*self.stage.accumulate, {k: w for k, w in self.stage.objective.items() if w}, state.global_step)
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kw): self.journal.step(state.global_step, self.parts(), lr_scheduler.get_last_lr()[0])
+    def on_train_end(self, args, state, control, **kw): self.journal.end(state.global_step)
+
+# %% ../nbs/20_train.ipynb #15b1a573
+def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100, told=None) -> dict:
+    "Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. `told`: see `petvlm.journal.Journal`. Returns the trainable names and the log."
     names = set_trainable(model, stage.train)
     trainer = StageTrainer(model=model, args=arguments(stage, work, seed, save_steps), train_dataset=items, data_collator=collate,
                            objective={k: w for k, w in stage.objective.items() if w}, callbacks=list(callbacks))
+    trainer.add_callback(Telling(stage, lambda: trainer.parts, told))
+    if told: trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK)       # its bar would say the same beside it
     resume = any(work.glob('checkpoint-*'))
     if resume: log.info("%s: resuming from %s", stage.name, work)
     start = time.perf_counter()
@@ -219,8 +233,8 @@ def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -
         load_delta(model, folder)
     return model, PetVLMProcessor(tokenizer, model.n_image)
 
-def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
-    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
+def train_node(node: str, nodes: dict[str, dict], where: Paths, told=None) -> dict:
+    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report. `told`: called with the path of the journal after each of its lines (`petvlm.live.Live`)."
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage, before = cfg.stages[item['stage']], path_to(node, nodes)[:-1]
     prepared = where.prepared(cfg.data)
@@ -233,7 +247,7 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     if stage.objective.get('lm') and not stage.lora: items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
-    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)
+    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed, told=told)
     report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
     save_node(model, report, where.node(node))
     shutil.rmtree(work, ignore_errors=True)

@@ -1,11 +1,14 @@
 "Headless Chromium over its debugging port: as much of a hand and an eye as the viewer's tests need."
-import base64, io, itertools, json, os, shutil, subprocess, time, urllib.request
+import base64, io, itertools, json, os, secrets, shutil, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
 from pathlib import Path
+import nbformat
 import numpy as np
 from PIL import Image
 from websocket import create_connection
 
 CHROMIUM = os.environ.get('PETVLM_CHROMIUM') or shutil.which('chromium')
+KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 FLAGS = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars',
          '--force-device-scale-factor=1', '--remote-debugging-port=0', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']     # no name resolves: the network is off
 
@@ -61,3 +64,25 @@ class Page:
     def picture(self):
         "(H, W, 3) of what is seen."
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(self.call('Page.captureScreenshot')['data']))).convert('RGB')).astype(int)
+
+@contextmanager
+def jupyterlab(cells, room, size=(1400, 1300), patience=90):
+    "A page with a JupyterLab that shows a notebook of `cells`, its kernel ready."
+    room, token = Path(room), secrets.token_hex(16)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}})
+    nbformat.write(nb, room/'tour.ipynb')
+    (room/'config/labconfig').mkdir(parents=True); (room/'config/labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    env = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'JUPYTER_CONFIG_DIR': str(room/'config'), 'JUPYTER_RUNTIME_DIR': str(room/'run'), 'JUPYTERLAB_SETTINGS_DIR': str(room/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(room/'spaces')}
+    log = open(room/'lab.log', 'wb')
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={room}',
+                               '--LabApp.expose_app_in_browser=True'], env=env, stdout=log, stderr=log)
+    try:
+        def running(): return next((json.loads(p.read_text()) for p in (room/'run').glob('jpserver-*.json')), None)
+        end = time.monotonic() + 90
+        while not (found := running()):
+            if time.monotonic() > end or server.poll() is not None: raise RuntimeError((room/'lab.log').read_text()[-2000:])
+            time.sleep(.2)
+        with Page(f"http://127.0.0.1:{found['port']}/lab/tree/tour.ipynb?token={token}&reset", room, size=size, patience=patience) as page:
+            page.until(f"!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-Cell') && {KERNEL}?.status === 'idle' && jupyterapp.commands.hasCommand('notebook:run-all-cells')")
+            yield page
+    finally: server.terminate(); server.wait(20); log.close()

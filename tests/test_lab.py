@@ -1,16 +1,14 @@
 """`view(study)` in a real JupyterLab in a real browser: it opens, answers, follows Python, and its pictures say what the phantom is. Slow; skipped where no Chromium is installed."""
-import json, os, secrets, statistics, subprocess, sys, time
+import json, os, statistics, time
 from pathlib import Path
-import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from browser import CHROMIUM, Page
+from browser import CHROMIUM, KERNEL, jupyterlab
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed (apt-get install chromium, or PETVLM_CHROMIUM=path)')]
 ROOT = Path(__file__).parents[1]
 CELLS = ["import sys; sys.path.insert(0, {bench!r})\nfrom petvlm.widget import view\nfrom viewer import study\nmade = study({shape})", "v = view(made); v"]
-KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 V = "document.querySelector('.petvlm-viewer').petvlm"
 LINE = "document.querySelectorAll('.petvlm-line')[0].textContent"
 
@@ -18,24 +16,8 @@ LINE = "document.querySelectorAll('.petvlm-line')[0].textContent"
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "JupyterLab with a notebook whose kernel is ready."
-    room, token, shape = tmp_path_factory.mktemp('lab'), secrets.token_hex(16), tuple(json.loads(os.environ.get('PETVLM_LAB_SHAPE', '[120, 160, 160]')))
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.format(bench=str(ROOT/'benchmarks'), shape=shape)) for c in CELLS], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}})
-    nbformat.write(nb, room/'tour.ipynb')
-    (room/'config/labconfig').mkdir(parents=True); (room/'config/labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'JUPYTER_CONFIG_DIR': str(room/'config'), 'JUPYTER_RUNTIME_DIR': str(room/'run'), 'JUPYTERLAB_SETTINGS_DIR': str(room/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(room/'spaces')}
-    log = open(room/'lab.log', 'wb')
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={room}',
-                               '--LabApp.expose_app_in_browser=True'], env=env, stdout=log, stderr=log)
-    try:
-        def running(): return next((json.loads(p.read_text()) for p in (room/'run').glob('jpserver-*.json')), None)
-        end = time.monotonic() + 90
-        while not (found := running()):
-            if time.monotonic() > end or server.poll() is not None: raise RuntimeError((room/'lab.log').read_text()[-2000:])
-            time.sleep(.2)
-        with Page(f"http://127.0.0.1:{found['port']}/lab/tree/tour.ipynb?token={token}&reset", room, size=(1400, 1300), patience=90) as page:
-            page.until(f"!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-Cell') && {KERNEL}?.status === 'idle' && jupyterapp.commands.hasCommand('notebook:run-all-cells')")
-            yield page
-    finally: server.terminate(); server.wait(20); log.close()
+    shape = tuple(json.loads(os.environ.get('PETVLM_LAB_SHAPE', '[120, 160, 160]')))
+    with jupyterlab([c.format(bench=str(ROOT/'benchmarks'), shape=shape) for c in CELLS], tmp_path_factory.mktemp('lab')) as page: yield page
 
 def python(page, code):
     "What `code` prints in the notebook's kernel."

@@ -58,6 +58,14 @@ def test_lesions_have_their_arms_and_their_numbers(whole):
     lesions = json.loads((whole/'runs/smoke/evaluate/petar/results.json').read_text())
     assert {r['arm'] for r in lesions} == {'real', 'shuffled', 'ct_shuffled', 'pet_only', 'ct_only', 'noise', 'constant', 'measured'} and all({'suvmax.accuracy', 'slice_voxels.accuracy'} <= set(r['metrics']) for r in lesions)
 
+@pytest.mark.slow
+def test_a_retrieval_leaves_the_pairs_that_it_was_measured_on(whole):
+    from petvlm.pairs import read_pairs
+    folder = whole/'runs/smoke/evaluate/med3dvlm'; pairs = read_pairs(folder)
+    (r,) = [r for r in json.loads((folder/'results.json').read_text()) if r['task'] == 'retrieval']
+    for way, name in (('text_to_image', 'ir'), ('image_to_text', 'tr')):
+        for k, v in pairs.recalls()[way].items(): assert abs(v - r['metrics'][f'{name}.r{k}.n{len(pairs)}']['value']) < 1e-9
+
 def test_every_arm_is_there_and_traceable(clone):
     results = json.loads((clone/'runs/smoke/evaluate/vipet/results.json').read_text())
     assert {r['arm'] for r in results if r['task'] == 'report'} == {'real', 'shuffled', 'ct_shuffled', 'pet_only', 'ct_only', 'noise', 'constant'}

@@ -5,6 +5,7 @@ from petvlm.config import Part, Stage, load_params, resolve
 from petvlm.datasets import Items, Rows
 from petvlm.generate import write
 from petvlm.graph import plan
+from petvlm.journal import NAME, read_journal
 from petvlm.language import load_causal_lm, train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
@@ -102,6 +103,16 @@ def test_resumed_training_equals_unbroken_training(rows, tokenizer, tmp_path):
     again = build(CFG, tokenizer)
     run_stage(again, stage, *batches(rows, tokenizer, stage, again), tmp_path/'broken', seed=0, save_steps=2)
     assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), weights(broken))
+    told = read_journal(tmp_path/'broken'/NAME)
+    assert (told.after, told.step, told.steps, told.items, told.state) == (4, 7, 7, 2, 'trained') and [p.step for p in told.points] == sorted({p.step for p in told.points})
+
+def test_a_run_tells_how_it_goes_and_nothing_of_it_changes(rows, tokenizer, tmp_path):
+    stage = Stage('fusion', {'sites_pet': 1, 'clip_pet': .5, 'align': 0}, ('heads.pet.*', 'text.pet.*', 'latent.pet.*'), 1e-3, 3, 2); seen, ended = [], []
+    for name, told in (('watched', seen.append), ('alone', None)):
+        model = build(CFG, tokenizer); report = run_stage(model, stage, *batches(rows, tokenizer, stage, model), tmp_path/name, seed=0, told=told); ended.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    t = read_journal(tmp_path/'watched'/NAME, 'a.fusion'); logged = [r for r in report['log'] if 'loss' in r]
+    assert torch.equal(*ended) and set(seen) == {tmp_path/'watched'/NAME} and len(seen) == len((tmp_path/'watched'/NAME).read_text().splitlines()) and (t.stage, t.steps, t.items, t.step, t.state) == ('fusion', 3, 2, 3, 'trained')
+    assert set(t.points[0].parts) == {'sites_pet', 'clip_pet'} and t.points[0].step == 1 and t.points[0].parts['sites_pet'] == pytest.approx(logged[0]['sites_pet']) and t.points[0].loss == pytest.approx(logged[0]['loss'], abs=1e-3)
 
 def test_no_patient_is_in_two_splits(tmp_path):
     for n in range(resolve('vipet', 'phantom').data.dicom):
