@@ -17,9 +17,9 @@ from .files import read_json
 from .press import PAGE, width_of
 
 # %% auto #0
-__all__ = ['READ', 'KEPT', 'GIT', 'TABLE', 'FULL', 'ABLATED', 'TRAINED', 'PARTLY', 'FROZEN', 'PART', 'LOSS', 'IMAGE', 'Step',
-           'steps_of', 'load_steps', 'feeds', 'outside', 'pipeline_overview', 'load_nodes', 'systems_of',
-           'training_graph', 'load_blueprint', 'counted', 'shape_of', 'architecture', 'architecture_graph']
+__all__ = ['READ', 'KEPT', 'GIT', 'FULL', 'ABLATED', 'TRAINED', 'PARTLY', 'FROZEN', 'PART', 'LOSS', 'IMAGE', 'Step', 'steps_of',
+           'load_steps', 'feeds', 'outside', 'pipeline_overview', 'load_nodes', 'systems_of', 'training_graph',
+           'load_blueprint', 'counted', 'shape_of', 'architecture', 'architecture_graph']
 
 # %% ../nbs/33h_overview.ipynb #2d5eafae
 class Step(NamedTuple):
@@ -82,7 +82,7 @@ def outside(steps: Sequence[Step]) -> dict[str, set[str]]:
     return out
 
 # %% ../nbs/33h_overview.ipynb #aa9efa33
-READ, KEPT, GIT, TABLE = Look('#eef3f7'), Look('#ffffff'), Look('#e8f3e6', '...', '#7a9a74'), '#2f6b2a'
+READ, KEPT, GIT = Look('#eef3f7'), Look('#ffffff'), Look('#e8f3e6', '', '#4f7d48')
 
 def _listed(names: Sequence[str], most: int = 4) -> list[str]: return list(names) if len(names) <= most else []
 
@@ -93,7 +93,7 @@ def _stage_box(name: str, steps: Sequence[Step], systems: Mapping[str, str], inn
     code = len({d for s in steps for d in s.deps if d.startswith('petvlm/')})
     by = Counter(systems[k] for k in keys if k in systems)
     outs = [o for s in steps for o in s.outs]
-    lines = [(name + (f' × {len(keys)}' if len(keys) > 1 else ''), 7., 'bold'), (notebook, 6., 'normal'), (f'{code} modules of code', 6., 'normal'), (f'→ {os.path.commonpath(outs)}' if outs else '', 6., 'normal')]
+    lines = [(name + (f' × {len(keys)}' if len(keys) > 1 else ''), 7., 'bold'), (notebook, 6., 'normal'), (f'{code} modules of code', 6., 'normal'), (f"→ {os.path.commonpath(outs)}{' (git)' if any(s.git for s in steps) else ''}" if outs else '', 6., 'normal')]
     lines += [(f'{n} {s}', 5.6, 'normal') for s, n in by.items()] or [(k, 5.6, 'normal') for k in _listed(keys)]
     if inner: lines.append((f'{inner} arrows within', 5.6, 'normal'))
     return Box(tuple(line for line in lines if line[0]), GIT if any(s.git for s in steps) else KEPT)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import html, io, re, unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 import matplotlib
@@ -14,26 +15,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import TextToPath
-from .claims import load_papers
 from .figures import FigureError, Picture
 from .files import atomic, read_json
-from .tables import PUBLISHED
 
 # %% auto #0
-__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'STRANGER', 'FORMATS', 'DPI', 'SOURCE', 'PressError', 'sheet',
-           'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow', 'draw_flow', 'render', 'markdown',
-           'caption', 'publish', 'load_figures']
+__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'STRANGER', 'FORMATS', 'DPI', 'SOURCE', 'PUBLISHED', 'PressError',
+           'Sheet', 'sheet', 'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow', 'draw_flow',
+           'render', 'markdown', 'caption', 'publish', 'load_figures']
 
 # %% ../nbs/33f_press.ipynb #f3eb9890
 class PressError(FigureError): "A figure that cannot be printed as asked; the message says what was found, expected and what to do."
 
 COLUMN, PAGE = 241., 497.        # points: a column and the text of a two-column page (3.35 and 6.9 inches)
 FONT, INK, FAINT = 'DejaVu Sans', '#1a1a1a', '#666666'      # the font comes with matplotlib, so every machine has the same one
-STYLE = {'font.family': FONT, 'svg.hashsalt': 'petvlm', 'svg.fonttype': 'path', 'pdf.fonttype': 42, 'hatch.linewidth': .5, 'text.usetex': False, 'axes.unicode_minus': True}
+STYLE = {'font.family': FONT, 'svg.hashsalt': 'petvlm', 'svg.fonttype': 'path', 'pdf.fonttype': 42, 'hatch.linewidth': .5, 'text.usetex': False, 'text.hinting': 'none', 'axes.unicode_minus': True}
 
-def sheet(width: float, height: float) -> tuple[Picture, Axes]:
+class Sheet(Picture):
+    "A figure measured in points; notebooks show it as it is printed."
+    def _repr_png_(self) -> bytes: return render(self, 'png', self.dpi)
+
+def sheet(width: float, height: float) -> tuple[Sheet, Axes]:
     "An empty figure of `width` x `height` points and an axis over all of it that counts points from its lower left corner."
-    fig = Picture(figsize=(width/72, height/72), dpi=100, facecolor='white')
+    fig = Sheet(figsize=(width/72, height/72), dpi=100, facecolor='white')
     ax = fig.add_axes((0, 0, 1, 1)); ax.set(xlim=(0, width), ylim=(0, height)); ax.axis('off')
     return fig, ax
 
@@ -148,13 +151,14 @@ def publish(fig: Figure, folder: str | Path, name: str, text: str, formats: Sequ
     return [Path(folder)/file for file in written]
 
 # %% ../nbs/33f_press.ipynb #60981136
+PUBLISHED = Path(find_spec('petvlm').submodule_search_locations[0])/'published'
 _fields = {'paper', 'figure', 'page', 'where', 'shows', 'twins', 'why'}
 
 def load_figures(path: str | Path = PUBLISHED/'figures.json') -> list[dict]:
-    "The papers' figures: `paper` (as in `petvlm.claims.load_papers`), `figure`, `page` (None where the text at hand has none), `where`, `shows`, `twins` (names of our figures, `{scale}` for the scale) and `why` (there is none). Raises `PressError`."
+    "The papers' figures: `paper` (as in `claims.json`), `figure`, `page` (None where the text at hand has none), `where`, `shows`, `twins` (names of our figures, `{scale}` for the scale) and `why` (there is none). Raises `PressError`."
     found = read_json(path, PressError, dict).get('figures')
     if not isinstance(found, list): raise PressError(f'{path}: no list of figures')
-    papers = load_papers()
+    papers = read_json(PUBLISHED/'claims.json', PressError, dict)['papers']
     for k, f in enumerate(found):
         if not isinstance(f, dict) or set(f) != _fields: raise PressError(f'{path}: figure {k}: found {sorted(f) if isinstance(f, dict) else f!r}, expected the fields {sorted(_fields)}')
         if f['paper'] not in papers: raise PressError(f"{path}: figure {k} is of {f['paper']!r}, the papers are {list(papers)}")
