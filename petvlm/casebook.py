@@ -89,6 +89,7 @@ def spans_of(text: str, found: Sequence[tuple[tuple[int, int] | None, Mark]]) ->
         else: at.append([a, b, [mark]])
     out, start = [], 0
     for a, b, marks in at:
+        while text[b:b + 1] in tuple('.,;'): b += 1                       # the stop that ends what is marked
         kinds = [k for m in marks for k in m.kinds]
         out += [Span(text[start:a]), Span(text[a:b], MARKS[max(kinds, key=list(MARKS).index)][1], ''.join(MARKS[k][0] for k in kinds))]
         start = b

@@ -139,7 +139,7 @@ def _error_row(fig, ax: Axes, row, case: Case, mark: Mark, panel, language: str,
     put(ax, EDGE, y - 13, f'{sign}  {words}', 8., color=colour, weight='bold')
     ax.add_patch(Rectangle((EDGE, y - 27), max(1., (LEFT - 50)*row.n/longest), 8, facecolor=colour, edgecolor='white', hatch='////' if row.kind in ('missed', 'invented') else '', lw=0))
     put(ax, EDGE + (LEFT - 50)*row.n/longest + 4, y - 26, str(row.n), 7., weight='bold')
-    for k, line in enumerate((f'of {row.of:,} ({row.n/row.of:.0%}), in {row.reports} reports', f'mostly: {row.mostly} ({row.times})')): put(ax, EDGE, y - 38 - 9*k, line, 6.)
+    for k, line in enumerate((f'of {row.of:,} ({row.n/row.of:.0%}), in {row.reports} report{"s"*(row.reports > 1)}', f'mostly: {row.mostly} ({row.times})')): put(ax, EDGE, y - 38 - 9*k, line, 6.)
     picture = panel(case, [mark.at] if mark.at is not None else [])
     if picture:
         wide = min(PAGE - 2*EDGE - LEFT - TEXT - 8 - BAR, picture.aspect*(ROW - 14)); high = wide/picture.aspect

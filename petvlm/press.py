@@ -19,9 +19,9 @@ from .figures import FigureError, Picture
 from .files import atomic, read_json
 
 # %% auto #0
-__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'STRANGER', 'FORMATS', 'DPI', 'SOURCE', 'PUBLISHED', 'PressError',
-           'Sheet', 'sheet', 'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow', 'draw_flow',
-           'render', 'markdown', 'caption', 'publish', 'load_figures']
+__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'FORMATS', 'DPI', 'STRANGER', 'SOURCE', 'PUBLISHED', 'PressError',
+           'render', 'Sheet', 'sheet', 'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow',
+           'draw_flow', 'markdown', 'caption', 'publish', 'load_figures']
 
 # %% ../nbs/33f_press.ipynb #f3eb9890
 class PressError(FigureError): "A figure that cannot be printed as asked; the message says what was found, expected and what to do."
@@ -29,6 +29,16 @@ class PressError(FigureError): "A figure that cannot be printed as asked; the me
 COLUMN, PAGE = 241., 497.        # points: a column and the text of a two-column page (3.35 and 6.9 inches)
 FONT, INK, FAINT = 'DejaVu Sans', '#1a1a1a', '#666666'      # the font comes with matplotlib, so every machine has the same one
 STYLE = {'font.family': FONT, 'svg.hashsalt': 'petvlm', 'svg.fonttype': 'path', 'pdf.fonttype': 42, 'hatch.linewidth': .5, 'text.usetex': False, 'text.hinting': 'none', 'axes.unicode_minus': True}
+
+FORMATS = {'png': {'Software': None}, 'pdf': {'Creator': None, 'Producer': None, 'CreationDate': None}, 'svg': {'Creator': None, 'Date': None}}
+DPI = 160
+
+def render(fig: Figure, format: str = 'png', dpi: float = DPI) -> bytes:
+    "`fig` as a file of `format`, one of `FORMATS`. Raises `PressError`."
+    if format not in FORMATS: raise PressError(f'format: found {format!r}, expected one of {list(FORMATS)}')
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE): fig.savefig(out, format=format, dpi=dpi, metadata=FORMATS[format], facecolor='white')
+    return out.getvalue()
 
 class Sheet(Picture):
     "A figure measured in points; notebooks show it as it is printed."
@@ -120,16 +130,6 @@ def draw_flow(ax: Axes, lines: Sequence[Sequence[Chunk]], x: float, y: float, si
     return y
 
 # %% ../nbs/33f_press.ipynb #1edd3c29
-FORMATS = {'png': {'Software': None}, 'pdf': {'Creator': None, 'Producer': None, 'CreationDate': None}, 'svg': {'Creator': None, 'Date': None}}
-DPI = 160
-
-def render(fig: Figure, format: str = 'png', dpi: float = DPI) -> bytes:
-    "`fig` as a file of `format`, one of `FORMATS`. Raises `PressError`."
-    if format not in FORMATS: raise PressError(f'format: found {format!r}, expected one of {list(FORMATS)}')
-    out = io.BytesIO()
-    with matplotlib.rc_context(STYLE): fig.savefig(out, format=format, dpi=dpi, metadata=FORMATS[format], facecolor='white')
-    return out.getvalue()
-
 def markdown(text: str) -> str:
     "`text` as Markdown shows it, with nothing of it read as Markdown or HTML, on one line."
     return re.sub(r'([\\`*_\[\]{}#|~$!^])', r'\\\1', html.escape(drawable(text), quote=False))
