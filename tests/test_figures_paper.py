@@ -29,7 +29,7 @@ def part(record, name): return next(p for p in record['parts'] if p['name'] == n
 def test_shapes_are_those_worked_out_by_hand(vipet):
     tokens = [{'shape': [60, 128], 'grid': [4, 3, 5]}]
     assert vipet['images'] == {'pet': [32, 24, 40], 'ct': [32, 24, 40]} and vipet['device'] == 'cpu' and vipet['n_image'] == 60
-    assert [part(vipet, n)['out'] for n in ('encode.pet', 'encode.ct', 'fuse', 'project')] == [tokens]*4 and part(vipet, 'fuse')['in'] == tokens
+    assert [part(vipet, n)['out'] for n in ('encode.pet', 'encode.ct', 'fuse', 'project')] == [tokens]*4 and part(vipet, 'fuse')['in'] == tokens*2      # PET and CT
     assert part(vipet, 'lm')['out'] == [{'shape': [1 + 60 + 8, 1024], 'grid': None}] and part(vipet, 'latent.full')['out'] == [{'shape': [128], 'grid': None}]
 
 LAYER = 2*128*128 + 2*128*64 + 3*128*384 + 2*128              # q and o, k and v of two heads of 32, the gated feed-forward, two norms
