@@ -87,7 +87,9 @@ def numbered(case: Case, at: int) -> str:
     "'2 ○': number of a true finding and what became of it."
     return f"{at + 1} {MARKS[case.marks[at].worst][0]}"
 
-def named(f: Finding) -> str: return f"{f.side} {thing(f.organ, f.kind)}".strip()
+def named(f: Finding) -> str:
+    "A finding in words: side, organ, kind."
+    return f"{f.side} {thing(f.organ, f.kind)}".strip()
 
 def _title(case: Case, at: int) -> tuple[str, str]: return f'{numbered(case, at)} {named(case.truth[at])}', MARKS[case.marks[at].worst][1]
 
