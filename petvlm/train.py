@@ -4,23 +4,29 @@
 
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
-import fnmatch, json, logging, math, resource, shutil, time
+import argparse, fnmatch, json, logging, os, re, shutil, sys, time
 from multiprocessing import get_start_method
 from pathlib import Path
 import numpy as np, torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from .config import Config, Paths, Stage, find_root, resolve
-from .graph import chain, path_to, reads
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+from .config import Config, ConfigError, Paths, Stage, find_root, paths, resolve
+from .graph import chain, path_to, plan, reads
+from .peak import measured
+from .ranks import RanksError, asked, averaged, first, launch, leave, mean_tokens, rank, share, together, wait, world
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'arguments', 'run_stage',
-           'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
-           'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
+__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'sharding', 'loose',
+           'ShardedOnCPU', 'arguments', 'run_stage', 'kept', 'write_node', 'save_node', 'load_delta', 'language_config',
+           'pretrained', 'text_config', 'views', 'build', 'images_read', 'head_lattices', 'collator', 'fill',
+           'load_point', 'train_node', 'make_tokenizer', 'curve', 'main']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 class TrainError(RuntimeError):
@@ -42,15 +48,21 @@ class StageTrainer(Trainer):
     "transformers' `Trainer` for one `Stage`: the loss is the model's weighted sum of named losses."
     def __init__(self, *a, objective: dict, **kw):
         super().__init__(*a, **kw)
-        self.objective, self.parts = objective, {}
+        self.objective, self.parts, self.tokens = objective, {}, None
         self.model_accepts_loss_kwargs = False              # each loss normalises itself, per token or per item of the batch
 
+    def get_batch_samples(self, *a):
+        samples, _ = super().get_batch_samples(*a)
+        apart = samples and 'labels' in samples[0] and (len(samples) > 1 or world() > 1)      # a step in several pieces: its tokens are counted over all of them
+        self.tokens = mean_tokens([x['labels'] for x in samples]) if apart else None
+        return samples, None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(objective=self.objective, **inputs)
+        out = model(objective=self.objective, **inputs, **({} if self.tokens is None else {'tokens': self.tokens}))
         self.parts = {k: float(v.detach()) for k, v in out.items() if k != 'loss'}
         return (out['loss'], out) if return_outputs else out['loss']
 
-    def log(self, logs, *a, **kw): super().log(logs | self.parts, *a, **kw)
+    def log(self, logs, *a, **kw): super().log(logs | averaged(self.parts), *a, **kw)
     def _get_train_sampler(self, *a, **kw): return torch.utils.data.SequentialSampler(self.train_dataset)
 
 # %% ../nbs/20_train.ipynb #d1d1f1ff
@@ -65,39 +77,88 @@ def by_length(lengths, batch: int, seed: int, window: int = WINDOW) -> list[int]
         out += [i for k in rng.permutation(len(batches)) for i in batches[k]]
     return out
 
-# %% ../nbs/20_train.ipynb #6c397034
-def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
-    "`TrainingArguments` of one stage; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
+# %% ../nbs/20_train.ipynb #0227fb13
+def sharding(model: PetVLM) -> dict:
+    "transformers' `fsdp_config` for a model: FSDP2, each decoder layer of the language model gathered when it runs, checkpoints in one piece."
+    known = {n for m in model.lm.modules() for n in getattr(m, '_no_split_modules', None) or ()}
+    layers = sorted({type(m).__name__ for m in model.lm.modules()} & known)
+    return {'version': 2, 'reshard_after_forward': True, 'state_dict_type': 'FULL_STATE_DICT'} | ({'transformer_layer_cls_to_wrap': layers} if layers else {'auto_wrap_policy': 'NO_WRAP'})
+
+def loose(model: PetVLM) -> str:
+    "A pattern of the modules that hold single numbers, such as SigLIP's factor, which FSDP2 cannot shard and leaves on every rank. Raises `TrainError` where one of them moves: nobody would average its gradient."
+    numbers = [(n, p) for n, p in model.named_parameters() if p.ndim == 0]
+    moving = [n for n, p in numbers if p.requires_grad]
+    if moving: raise TrainError(f"{moving[0]} is a single number that moves, which FSDP2 cannot shard; train this stage without --shard")
+    return '|'.join(sorted({re.escape(n.rpartition('.')[0]) for n, _ in numbers}))
+
+class ShardedOnCPU(StageTrainer):
+    "FSDP2 over gloo: what `accelerate` does on cards, done on CPUs too."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.fsdp_plugin, state.distributed_type, self.is_fsdp_enabled = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args), DistributedType.FSDP, True
+
+    def _prepare_for_training(self, *a, **kw):
+        model, loader = super()._prepare_for_training(*a, **kw)
+        for m in model.modules():
+            if isinstance(m, FSDPModule): m.set_force_sum_reduction_for_comms(True)
+        return model, loader
+
+# %% ../nbs/20_train.ipynb #6cf9a30c
+def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100, sharding: dict | None = None, deepspeed: str = '') -> TrainingArguments:
+    "`TrainingArguments` of one stage for this rank, which takes its `petvlm.ranks.share` of a step; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
+    cuda, own = torch.cuda.is_available(), share(stage.batch, stage.accumulate, world())
+    spread = ({'fsdp': True, 'fsdp_config': dict(sharding)} if sharding else {}) | ({'deepspeed': deepspeed} if deepspeed else {})
+    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=own.batch, gradient_accumulation_steps=own.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
         lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
         save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
-        report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
+        report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False, ddp_timeout=7200, **spread)          # the first rank probes while the others wait
 
 # %% ../nbs/20_train.ipynb #6fcf6bcc
-def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100) -> dict:
-    "Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. Returns the trainable names and the log."
+def _spread(sharded: bool, deepspeed: str) -> None:
+    "Refuse a way of spreading that would silently be another, or whose weights could not be kept."
+    if (sharded or deepspeed) and 'LOCAL_RANK' not in os.environ: raise TrainError("sharding needs processes that torchrun started: torchrun --nproc-per-node <cards> -m petvlm.train <node> --shard")
+    if deepspeed and json.loads(Path(deepspeed).read_text(encoding='utf-8')).get('zero_optimization', {}).get('stage', 0) > 2:
+        raise TrainError(f"{deepspeed}: ZeRO stage 3 shards the parameters, which a node is not gathered from; use stage 2, or --shard (FSDP2) in its place")
+
+def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False) -> dict:
+    """Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. Returns the trainable names, the log, the number of ranks, and memory in MB (`petvlm.peak`).
+
+    Under `torchrun` the ranks share each step (`petvlm.ranks`): DDP, with `sharded` FSDP2 (the model comes back in pieces, see `kept`), or as the file `deepspeed` says (ZeRO stage 2 at most). `checkpointing`: layers of the language model that move, or hold adapters, are run again in the backward pass instead of kept. Raises `TrainError`, and `RanksError` for a step that the ranks cannot share."""
+    _spread(sharded, deepspeed)
     names = set_trainable(model, stage.train)
-    trainer = StageTrainer(model=model, args=arguments(stage, work, seed, save_steps), train_dataset=items, data_collator=collate,
+    if checkpointing: model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})
+    args = arguments(stage, work, seed, save_steps, sharding(model) if sharded else None, deepspeed)
+    if sharded and (numbers := loose(model)): args.fsdp_plugin_args['ignored_modules'] = numbers
+    args._n_gpu = min(args.n_gpu, 1)                        # one process, one card: never DataParallel, which would multiply the batch
+    trainer = (ShardedOnCPU if sharded and args.use_cpu else StageTrainer)(model=model, args=args, train_dataset=items, data_collator=collate,
                            objective={k: w for k, w in stage.objective.items() if w}, callbacks=list(callbacks))
     resume = any(work.glob('checkpoint-*'))
     if resume: log.info("%s: resuming from %s", stage.name, work)
+    if rank(): torch.manual_seed(seed + rank())             # dropout of its own
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
-    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1),
-            'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    with measured() as memory, together(share(stage.batch, stage.accumulate, world()).together): trainer.train(resume_from_checkpoint=resume)
+    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1), 'ranks': world(),
+            'peak_mb': memory['peak'], 'memory': memory, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 def _part(name: str) -> str: return '.'.join(name.split('.')[:2])
 
-def save_node(model: PetVLM, report: dict, folder: Path) -> None:
-    "Write what a stage changed (`delta.safetensors`: trainable parameters, and the buffers of the parts they belong to) and its `report` into `folder`, atomically."
-    moved, parts = set(report['trainable']), {_part(n) for n in report['trainable']}
-    buffers = {n for n, _ in model.named_buffers() if _part(n) in parts} & set(model.state_dict())
-    keep = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in buffers or n in moved}
+def kept(model: PetVLM, trainable) -> dict[str, torch.Tensor]:
+    "What a stage changed, on the CPU: the parameters `trainable` and the buffers of the parts they belong to. Of a sharded model every rank holds a piece, and every rank must ask."
+    state, moved, parts = model.state_dict(), set(trainable), {_part(n) for n in trainable}
+    buffers = {n for n, _ in model.named_buffers() if _part(n) in parts} & set(state)
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous() for n, t in state.items() if n in buffers or n in moved}
+
+def write_node(tensors: dict[str, torch.Tensor], report: dict, folder: Path) -> None:
+    "Write `tensors` (`delta.safetensors`) and a stage's `report` (`stage.json`) into `folder`, atomically."
     tmp = Path(f'{folder}.partial'); tmp.mkdir(parents=True, exist_ok=True)
-    save_file(keep, tmp/'delta.safetensors')
+    save_file(tensors, tmp/'delta.safetensors')
     (tmp/'stage.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
     shutil.rmtree(folder, ignore_errors=True); tmp.replace(folder)
+
+def save_node(model: PetVLM, report: dict, folder: Path) -> None:
+    "Write what a stage changed (`kept`) and its `report` into `folder`, atomically."
+    write_node(kept(model, report['trainable']), report, folder)
 
 def load_delta(model: PetVLM, folder: Path) -> None:
     "Apply the delta of one node. Raises `TrainError` if it is missing or holds a name that the model should have and lacks; whole parts that this point does not use are passed over."
@@ -219,12 +280,16 @@ def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -
         load_delta(model, folder)
     return model, PetVLMProcessor(tokenizer, model.n_image)
 
-def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
-    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report."
+def train_node(node: str, nodes: dict[str, dict], where: Paths, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False) -> dict:
+    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report. Where `PETVLM_RANKS` asks for several processes, they are started and waited for. `sharded`, `deepspeed`, `checkpointing`: as `run_stage`."
+    if n := asked():
+        launch('petvlm.train', [node, '--scale', where.scale], n)
+        return json.loads((where.node(node)/'stage.json').read_text(encoding='utf-8'))
+    _spread(sharded, deepspeed)
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage, before = cfg.stages[item['stage']], path_to(node, nodes)[:-1]
-    prepared = where.prepared(cfg.data)
-    model, processor = load_point(cfg, prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in before])
+    prepared, lineage = where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in before]
+    model, processor = load_point(cfg, prepared, lineage)
     if stage.lora: model.adapt(cfg.lora)
     processor.n_image = image_count(stage, model)
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
@@ -233,10 +298,17 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths) -> dict:
     if stage.objective.get('lm') and not stage.lora: items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
-    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed)
-    report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
-    save_node(model, report, where.node(node))
-    shutil.rmtree(work, ignore_errors=True)
+    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed, sharded=sharded, deepspeed=deepspeed, checkpointing=checkpointing)
+    delta = kept(model, report['trainable'])
+    if first():
+        if sharded:                                         # pieces do not speak: the whole model again, for the probe
+            model, _ = load_point(cfg, prepared, lineage)
+            if stage.lora: model.adapt(cfg.lora)
+            model.load_state_dict(delta, strict=False)
+        report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
+        write_node(delta, report, where.node(node))
+        shutil.rmtree(work, ignore_errors=True)
+    wait()
     return report
 
 # %% ../nbs/20_train.ipynb #400b5d86
@@ -255,3 +327,20 @@ def curve(report: dict):
     for name in sorted(set().union(*rows) - {'epoch', 'step', 'learning_rate', 'grad_norm'}): ax.plot([r['step'] for r in rows], [r.get(name) for r in rows], label=name)
     ax.set(xlabel='step', ylabel='loss', title=report['node'], yscale='log'); ax.legend(frameon=False)
     return fig
+
+# %% ../nbs/20_train.ipynb #b27726f3
+def main(args=None) -> int:
+    "`[torchrun ...] python -m petvlm.train <node> [--scale S] [--shard] [--deepspeed file] [--checkpoint]`. A mistake in the configuration is one line, not a traceback."
+    parser = argparse.ArgumentParser(prog='petvlm.train')
+    parser.add_argument('node'); parser.add_argument('--scale', default=None); parser.add_argument('--shard', action='store_true'); parser.add_argument('--deepspeed', default=''); parser.add_argument('--checkpoint', action='store_true')
+    a = parser.parse_args(args); where = paths(a.scale)
+    try:
+        nodes = plan(scale=where.scale)
+        if a.node not in nodes: raise TrainError(f"no node {a.node!r} at scale {where.scale}; there are {', '.join(nodes)}")
+        train_node(a.node, nodes, where, a.shard, a.deepspeed, a.checkpoint)
+    except (TrainError, RanksError, ConfigError) as e: sys.stderr.write(f'petvlm: {e}\n'); return 1
+    finally: leave()
+    return 0
+
+# %% ../nbs/20_train.ipynb #8596f7ea
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # as a module; a notebook has no file

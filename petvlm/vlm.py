@@ -16,6 +16,7 @@ from .contrast import content_topic_loss, embed_text
 from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
 from .losses import IGNORED, clip_loss, lm_loss
+from .ranks import counted, gathered
 from .r2gen import R2GenConfig                # makes the type 'r2gen' known to transformers
 from .siglip import siglip_loss
 from .slots import build, lattices, reads, streams
@@ -211,8 +212,8 @@ def generate(self: PetVLM, input_ids: Tensor, attention_mask: Tensor | None = No
 
 # %% ../nbs/17_vlm.ipynb #847aebe8
 def _pair(m: PetVLM, b: dict, state: dict, view: str) -> tuple[Tensor, Tensor]:
-    "Unit vectors of images and texts of a view."
-    return m.latent[view](state['view', view]), m.text[view](b[f'text_{view}_ids'], b[f'text_{view}_mask'])
+    "Unit vectors of images and texts of a view, of the whole batch, whichever ranks hold it."
+    return gathered(m.latent[view](state['view', view])), gathered(m.text[view](b[f'text_{view}_ids'], b[f'text_{view}_mask']))
 
 def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor: return clip_loss(*_pair(m, b, state, view), m.config.tau, m.config.symmetric)
 
@@ -234,12 +235,12 @@ def _match(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     found = state['visual'].x
     if found.shape[1] < described.shape[1]: raise VLMError(f"match: the image has {found.shape[1]} tokens, the truth describes {described.shape[1]}; the model's lattices are {m.lattices}")
     far, there = F.mse_loss(found[:, :described.shape[1]], described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
-    return sum((far*w).sum()/w.sum().clamp(min=1) for w in (there, 1 - there))
+    return sum((far*w).sum()/counted(w.sum()) for w in (there, 1 - there))
 
 def _contrast(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     "Projected content and topic tokens against the frozen language model's embeddings of the findings and of the topic words."
     text = [embed_text(m.get_input_embeddings(), b[f'text_{k}_ids'], b[f'text_{k}_mask']) for k in ('content', 'topic')]
-    return content_topic_loss(*pooled(state['visual']), *text, m.config.tau)
+    return content_topic_loss(*map(gathered, (*pooled(state['visual']), *text)), m.config.tau)
 
 LOSSES = {'contrast': _contrast, 'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
 
@@ -253,9 +254,9 @@ def regions(self: PetVLM, suv: Tensor) -> Tensor:
 
 @patch
 def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, Tensor]:
-    "The language model's loss, and the alignment loss when it weighs something."
+    "The language model's loss, and the alignment loss when it weighs something. `tokens` of the batch: what the former is divided by, instead of its own supervised tokens."
     embeds, labels = self.embed(b['input_ids'], visual), b['labels']
-    run = lambda **kw: lm_loss(*self._logits(embeds, b['attention_mask'], labels, **kw))
+    run = lambda **kw: lm_loss(*self._logits(embeds, b['attention_mask'], labels, **kw), b.get('tokens'))
     if not objective.get('align'): return {'lm': run()}
     if self.lm.config.is_encoder_decoder: raise VLMError("the alignment loss reads the attention of a decoder alone; leave `align` out of the objective of an encoder-decoder")
     slots = b['input_ids'] == self.config.image_token_id
