@@ -4,34 +4,27 @@
 
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
-import argparse, fnmatch, json, logging, os, re, shutil, sys, time
-from multiprocessing import get_start_method
+import argparse, fnmatch, json, logging, os, shutil, sys, time
 from pathlib import Path
 import numpy as np, torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
 from .config import Config, ConfigError, Paths, Stage, find_root, paths, resolve
 from .graph import chain, path_to, plan, reads
 from .peak import measured
-from .ranks import RanksError, asked, averaged, first, launch, leave, mean_tokens, rank, share, together, wait, world
+from .ranks import RanksError, asked, first, launch, leave, rank, share, together, wait, world
+from .trainer import ShardedOnCPU, StageTrainer, TrainError, arguments, by_length, loose, sharding
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'sharding', 'loose',
-           'ShardedOnCPU', 'arguments', 'run_stage', 'kept', 'write_node', 'save_node', 'load_delta', 'language_config',
+__all__ = ['log', 'PRETRAINED', 'set_trainable', 'run_stage', 'kept', 'write_node', 'save_node', 'load_delta', 'language_config',
            'pretrained', 'text_config', 'views', 'build', 'images_read', 'head_lattices', 'collator', 'fill',
            'load_point', 'train_node', 'make_tokenizer', 'curve', 'main']
 
 # %% ../nbs/20_train.ipynb #261d07dc
-class TrainError(RuntimeError):
-    "A stage that cannot start: no parameter matches, or a checkpoint is missing."
-
 def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
     "Let exactly the parameters that match one of `patterns` (shell style) and none of those with a `!` before them move. Returns their names. Raises `TrainError` for a pattern that matches nothing."
     names = [n for n, _ in model.named_parameters()]
@@ -42,77 +35,6 @@ def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
     moving = union(False) - union(True)
     for n, p in model.named_parameters(): p.requires_grad_(n in moving)
     return [n for n in names if n in moving]
-
-# %% ../nbs/20_train.ipynb #db097302
-class StageTrainer(Trainer):
-    "transformers' `Trainer` for one `Stage`: the loss is the model's weighted sum of named losses."
-    def __init__(self, *a, objective: dict, **kw):
-        super().__init__(*a, **kw)
-        self.objective, self.parts, self.tokens = objective, {}, None
-        self.model_accepts_loss_kwargs = False              # each loss normalises itself, per token or per item of the batch
-
-    def get_batch_samples(self, *a):
-        samples, _ = super().get_batch_samples(*a)
-        apart = samples and 'labels' in samples[0] and (len(samples) > 1 or world() > 1)      # a step in several pieces: its tokens are counted over all of them
-        self.tokens = mean_tokens([x['labels'] for x in samples]) if apart else None
-        return samples, None
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(objective=self.objective, **inputs, **({} if self.tokens is None else {'tokens': self.tokens}))
-        self.parts = {k: float(v.detach()) for k, v in out.items() if k != 'loss'}
-        return (out['loss'], out) if return_outputs else out['loss']
-
-    def log(self, logs, *a, **kw): super().log(logs | averaged(self.parts), *a, **kw)
-    def _get_train_sampler(self, *a, **kw): return torch.utils.data.SequentialSampler(self.train_dataset)
-
-# %% ../nbs/20_train.ipynb #d1d1f1ff
-WINDOW = 16       # batches
-
-def by_length(lengths, batch: int, seed: int, window: int = WINDOW) -> list[int]:
-    "An order of the items in which those of one batch are of like length: sorted by `lengths` within each `window` of batches, the batches of a window drawn at random. Each item once; a window holds the items that it held before."
-    rng, out = np.random.default_rng(seed), []
-    for start in range(0, len(lengths), window*batch):
-        near = sorted(range(start, min(start + window*batch, len(lengths))), key=lambda i: (lengths[i], i))
-        batches = [near[k:k + batch] for k in range(0, len(near), batch)]
-        out += [i for k in rng.permutation(len(batches)) for i in batches[k]]
-    return out
-
-# %% ../nbs/20_train.ipynb #0227fb13
-def sharding(model: PetVLM) -> dict:
-    "transformers' `fsdp_config` for a model: FSDP2, each decoder layer of the language model gathered when it runs, checkpoints in one piece."
-    known = {n for m in model.lm.modules() for n in getattr(m, '_no_split_modules', None) or ()}
-    layers = sorted({type(m).__name__ for m in model.lm.modules()} & known)
-    return {'version': 2, 'reshard_after_forward': True, 'state_dict_type': 'FULL_STATE_DICT'} | ({'transformer_layer_cls_to_wrap': layers} if layers else {'auto_wrap_policy': 'NO_WRAP'})
-
-def loose(model: PetVLM) -> str:
-    "A pattern of the modules that hold single numbers, such as SigLIP's factor, which FSDP2 cannot shard and leaves on every rank. Raises `TrainError` where one of them moves: nobody would average its gradient."
-    numbers = [(n, p) for n, p in model.named_parameters() if p.ndim == 0]
-    moving = [n for n, p in numbers if p.requires_grad]
-    if moving: raise TrainError(f"{moving[0]} is a single number that moves, which FSDP2 cannot shard; train this stage without --shard")
-    return '|'.join(sorted({re.escape(n.rpartition('.')[0]) for n, _ in numbers}))
-
-class ShardedOnCPU(StageTrainer):
-    "FSDP2 over gloo: what `accelerate` does on cards, done on CPUs too."
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.fsdp_plugin, state.distributed_type, self.is_fsdp_enabled = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args), DistributedType.FSDP, True
-
-    def _prepare_for_training(self, *a, **kw):
-        model, loader = super()._prepare_for_training(*a, **kw)
-        for m in model.modules():
-            if isinstance(m, FSDPModule): m.set_force_sum_reduction_for_comms(True)
-        return model, loader
-
-# %% ../nbs/20_train.ipynb #6cf9a30c
-def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100, sharding: dict | None = None, deepspeed: str = '') -> TrainingArguments:
-    "`TrainingArguments` of one stage for this rank, which takes its `petvlm.ranks.share` of a step; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
-    cuda, own = torch.cuda.is_available(), share(stage.batch, stage.accumulate, world())
-    spread = ({'fsdp': True, 'fsdp_config': dict(sharding)} if sharding else {}) | ({'deepspeed': deepspeed} if deepspeed else {})
-    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=own.batch, gradient_accumulation_steps=own.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
-        lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
-        report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False, ddp_timeout=7200, **spread)          # the first rank probes while the others wait
 
 # %% ../nbs/20_train.ipynb #6fcf6bcc
 def _spread(sharded: bool, deepspeed: str) -> None:
