@@ -16,10 +16,13 @@ SLURM_JOB_ID=4711 bash "$file" > "$log" 2>&1
 REFUSES = '#!/bin/bash\necho "sbatch: error: invalid partition specified: nowhere" >&2; exit 1\n'
 MODULE = 'import json, os, sys\njson.dump({"args": sys.argv[1:], "job": os.environ.get("SLURM_JOB_ID"), "slurm": os.environ.get("PETVLM_SLURM"), "root": os.environ.get("PETVLM_ROOT")}, open("ran.json", "w"))\nsys.exit(int(os.environ.get("FAIL", 0)))\n'
 
+def module(root: Path, name: str) -> None:
+    folder = root/'lib'/name; folder.mkdir(parents=True); (folder/'__init__.py').touch(); (folder/'__main__.py').write_text(MODULE)
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     "A project's root, a folder for programs that is first on the path, and a module `papermill` that writes down how it was called."
-    (tmp_path/'params.yaml').write_text('scale: smoke\n'); (tmp_path/'bin').mkdir(); (tmp_path/'lib/papermill').mkdir(parents=True); (tmp_path/'lib/papermill/__main__.py').write_text(MODULE)
+    (tmp_path/'params.yaml').write_text('scale: smoke\n'); (tmp_path/'bin').mkdir(); module(tmp_path, 'papermill')
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('PETVLM_ROOT', str(tmp_path)); monkeypatch.setenv('PATH', f"{tmp_path/'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv('PYTHONPATH', f"{tmp_path/'lib'}:{ROOT}"); monkeypatch.delenv('PETVLM_SLURM', raising=False)
     return tmp_path
@@ -77,7 +80,7 @@ def test_the_script_before_papermill(place):
     assert shims(place) == folder
 
 def test_one_stage_by_hand(place, monkeypatch):
-    program(place, 'sbatch', RUNS); (place/'lib/dvc').mkdir(); (place/'lib/dvc/__main__.py').write_text(MODULE)
+    program(place, 'sbatch', RUNS); module(place, 'dvc')
     assert cli(['submit', 'train@vipet.lm']) == 0 and json.loads((place/'ran.json').read_text())['args'] == ['repro', '-s', 'train@vipet.lm']
     assert cli(['submit', 'vipet']) == 1
 

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 EVERYTHING = {'lm': 1., 'align': .1, 'match': .3, 'sites_full': .3, 'clip_pet': .5}      # means over tokens, items and findings, and a comparison
 PARTS = ('encode.*', 'fuse.*', 'project.*', 'lm.*', 'text.*', 'latent.*', 'heads.*')
 
-def tiny() -> PetVLM:
+def tiny(codes: int = 4) -> PetVLM:
     "Two encoders with codebooks, their fusion, a language model: 8 image tokens."
     torch.manual_seed(0)
-    enc = dict(kind='ctvit', args=dict(patch_size=(8, 8, 8), dim=32, spatial_depth=1, temporal_depth=1, heads=2, dim_head=16, codebook_size=4, peg_scrambled=False))
+    enc = dict(kind='ctvit', args=dict(patch_size=(8, 8, 8), dim=32, spatial_depth=1, temporal_depth=1, heads=2, dim_head=16, codebook_size=codes, peg_scrambled=False))
     sizes = dict(vocab_size=50, hidden_size=32, num_attention_heads=2, intermediate_size=64)
     return PetVLM(PetVLMConfig(inputs=['pet', 'ct'], image_size=[16, 16, 16], encode={'pet': enc, 'ct': enc}, fuse={'kind': 'cross_attention', 'args': {'heads': 2}}, n_labels=5, contrasts=['pet'], heads=['full'],
         latent={'kind': 'slabs'}, latent_dim=16, lm=dict(model_type='mistral', num_hidden_layers=2, num_key_value_heads=1, head_dim=16, pad_token_id=2, tie_word_embeddings=True, **sizes),
@@ -48,10 +48,10 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == self.step: os._exit(7)
 
-def train(out: Path, batch: int = 4, accumulate: int = 1, steps: int = 3, objective=EVERYTHING, sharded: bool = False, fail: int = 0, lr: float = 1e-3) -> dict:
+def train(out: Path, batch: int = 4, accumulate: int = 1, steps: int = 3, objective=EVERYTHING, sharded: bool = False, fail: int = 0, lr: float = 1e-3, codes: int = 4) -> dict:
     "Train the tiny model on this rank; what it saw and the first rank's weights go to `out`."
     seen, stage = [], Stage('all', objective, PARTS, lr, steps, batch, accumulate=accumulate, warmup=0.)
-    model, n = tiny(), steps*batch*accumulate
+    model, n = tiny(codes), steps*batch*accumulate
     report = run_stage(model, stage, Numbers(n), functools.partial(collate, seen), out/'work', 3, [Stop(fail)] if fail else [], save_steps=2, sharded=sharded)
     weights = kept(model, report['trainable'])
     report |= {'seen': seen}
@@ -110,8 +110,8 @@ def test_two_processes_make_the_steps_of_one(one, tmp_path):
     assert books[0] and all(torch.allclose(v, books[1][k], atol=1e-3) for k, v in books[0].items())
 
 def test_whole_batches_go_to_ranks_first(tmp_path):
-    alone(tmp_path/'one', batch=2, accumulate=2, steps=2)
-    assert forked(2, tmp_path/'two', batch=2, accumulate=2, steps=2) == [0, 0]
+    alone(tmp_path/'one', batch=2, accumulate=2, steps=2, codes=0)               # codes follow each batch of one process, and each step of several
+    assert forked(2, tmp_path/'two', batch=2, accumulate=2, steps=2, codes=0) == [0, 0]
     assert [r['seen'] for r in reports(tmp_path/'two')] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert losses(reports(tmp_path/'two')[0]) == pytest.approx(losses(reports(tmp_path/'one')[0]), rel=2e-4) and alike(tmp_path/'two', tmp_path/'one') > .99
 
