@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, fnmatch, json, logging, os, shutil, sys, time
 from pathlib import Path
-import numpy as np, torch
+import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor

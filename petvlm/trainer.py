@@ -57,10 +57,10 @@ def by_length(lengths, batch: int, seed: int, window: int = WINDOW) -> list[int]
 
 # %% ../nbs/19a_trainer.ipynb #dafc2d76
 def sharding(model: PetVLM) -> dict:
-    "transformers' `fsdp_config` for a model: FSDP2, each decoder layer of the language model gathered when it runs, checkpoints in one piece."
+    "transformers' `fsdp_config` for a model: FSDP2, each decoder layer of the language model gathered when it runs, each rank's pieces in the checkpoints (torch's distributed checkpoints, which any number of ranks can read)."
     known = {n for m in model.lm.modules() for n in getattr(m, '_no_split_modules', None) or ()}
     layers = sorted({type(m).__name__ for m in model.lm.modules()} & known)
-    return {'version': 2, 'reshard_after_forward': True, 'state_dict_type': 'FULL_STATE_DICT'} | ({'transformer_layer_cls_to_wrap': layers} if layers else {'auto_wrap_policy': 'NO_WRAP'})
+    return {'version': 2, 'reshard_after_forward': True, 'state_dict_type': 'SHARDED_STATE_DICT'} | ({'transformer_layer_cls_to_wrap': layers} if layers else {'auto_wrap_policy': 'NO_WRAP'})
 
 def loose(model: PetVLM) -> str:
     "A pattern of the modules that hold single numbers, such as SigLIP's factor, which FSDP2 cannot shard and leaves on every rank. Raises `TrainError` where one of them moves: nobody would average its gradient."
