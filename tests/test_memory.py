@@ -51,6 +51,7 @@ def test_weights_gradients_and_moments():
     f = footprint(cfg, dataclasses.replace(cfg.stages['projection'], batch=2), amp=False, text=50)
     assert (f.weights, f.gradients, f.optimizer, f.copies) == (4*every, 4*projector, 8*projector, 0)
 
+@pytest.mark.slow
 def test_a_hubs_language_model_lies_in_two_bytes_and_adapters_in_four():
     cfg = of('med3dvlm', 'paper')
     f = footprint(cfg, dataclasses.replace(cfg.stages['instruct'], batch=1), text=64)
@@ -61,6 +62,7 @@ def test_twice_the_batch_twice_the_activations():
     cfg = of('petar', 'phantom'); one, two = (footprint(cfg, dataclasses.replace(cfg.stages['full'], batch=b), amp=False, text=80) for b in (4, 8))
     assert two.activations == pytest.approx(2*one.activations, rel=.01) and two.forward == pytest.approx(2*one.forward, rel=.01) and two.weights == one.weights
 
+@pytest.mark.slow
 def test_ranks_take_their_share():
     cfg = of('content_topic', 'paper'); stage = cfg.stages['joint']
     one, four = (footprint(cfg, stage, ranks=n, text=64) for n in (1, 4))
@@ -72,15 +74,17 @@ def test_the_highest_point_of_a_step():
     half = smaller(f, 2)
     assert (half.activations, half.workspace, half.accumulate, half.batch) == (15, 2, 2, 2)
 
-def test_what_does_not_fit_is_refused_with_the_number_and_ways_out():
-    cfg = of('med3dvlm', 'paper'); stage, model = cfg.stages['instruct'], skeleton(cfg)
+@pytest.mark.parametrize('point,name,ways', [('content_topic', 'joint', ('batch 4, accumulate 2', 'QLoRA', 'sharded')), pytest.param('med3dvlm', 'instruct', ('batch 4, accumulate 2', 'checkpointing', 'QLoRA', 'sharded'), marks=pytest.mark.slow)])
+def test_what_does_not_fit_is_refused_with_the_number_and_ways_out(point, name, ways):
+    cfg = of(point, 'paper'); stage, model = cfg.stages[name], skeleton(cfg)
     with pytest.raises(TooLarge) as caught: fits(cfg, stage, 24, model=model, text=256)
     e, text = caught.value, str(caught.value)
     assert e.needed > e.there == int(24*GIB*(1 - HEADROOM)) and f'{e.needed/GIB:.1f} GiB' in text and f'{e.there/GIB:.1f} GiB' in text
-    assert all(way in text for way in ('batch 4, accumulate 2', 'checkpointing', 'QLoRA', 'sharded', 'all of these'))
-    f = footprint(cfg, stage, text=256, model=model)
-    assert all(g.total < f.total for g in remedies(f, cfg, stage, model).values()) and fits(cfg, stage, 4*e.needed/GIB, text=256).total == e.needed
+    assert all(way in text for way in (*ways, 'all of these'))
+    f = fits(cfg, stage, 4*e.needed/GIB, text=256, model=model)
+    assert f.total == e.needed and all(g.total < f.total for g in remedies(f, cfg, stage, model).values())
 
+@pytest.mark.slow
 def test_a_fully_trained_language_model_is_not_offered_four_bits():
     cfg = of('petar', 'paper'); model = skeleton(cfg); f = footprint(cfg, cfg.stages['full'], text=64, model=model)
     ways = remedies(f, cfg, cfg.stages['full'], model)
@@ -119,6 +123,7 @@ def test_checkpointed_layers_give_the_same_gradients(tmp_path):
 
 # --- scale `gpu`: real resolution, SmolLM2, one card of 24 GB
 
+@pytest.mark.slow
 @pytest.mark.parametrize('point', SYSTEMS)
 def test_scale_gpu_fits_a_card_of_24_gb(point):
     cfg = of(point, 'gpu'); model = skeleton(cfg)
