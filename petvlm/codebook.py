@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from .ranks import total as everywhere
 
 # %% auto #0
 __all__ = ['Quantised', 'CosineCodebook']
@@ -35,9 +36,9 @@ class CosineCodebook(nn.Module):
 # %% ../nbs/10a_codebook.ipynb #90994663
 @patch
 def follow(self: CosineCodebook, x: Tensor, ids: Tensor) -> None:
-    "One step of the codes towards the mean direction of the rows `x` (M, C) that chose them (`ids`)."
-    count = torch.bincount(ids, minlength=len(self.embed)).to(x.dtype)
-    total = torch.zeros_like(self.embed).index_add_(0, ids, F.normalize(x, dim=-1))
+    "One step of the codes towards the mean direction of the rows `x` (M, C) that chose them (`ids`), on all ranks."
+    count = everywhere(torch.bincount(ids, minlength=len(self.embed)).to(x.dtype))
+    total = everywhere(torch.zeros_like(self.embed).index_add_(0, ids, F.normalize(x, dim=-1)))
     mean = torch.where(count[:, None] > 0, F.normalize(total, dim=-1), F.normalize(self.embed, dim=-1))
     self.cluster_size.lerp_(count, 1 - self.decay)
     self.embed.lerp_(mean, 1 - self.decay)

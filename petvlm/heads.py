@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from .ranks import counted
 from .tokens import Tokens
 
 # %% auto #0
@@ -50,5 +51,5 @@ def site_loss(out, truth: Tensor, visible: Tensor) -> Tensor:
     labels, sizes = truth[..., :len(visible)]*visible, truth[..., len(visible):len(visible) + 2]
     there = labels.amax(-1, keepdim=True)                                                    # (B, N, 1): a finding lies here
     bce = lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction='none')[..., visible.bool()]
-    far = ((numbers - sizes).abs()*there).sum()/there.sum().clamp(min=1)
+    far = ((numbers - sizes).abs()*there).sum()/counted(there.sum())
     return bce(whole, labels.amax(1)).sum(1).mean() + bce(local, labels).sum((1, 2)).mean() + .3*far

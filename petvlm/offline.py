@@ -89,13 +89,13 @@ _PAGE = """<!doctype html>
 """
 CAUTION = 'Research software, not a medical device. ' + WARNING
 
-def html_page(setup: dict, load: bytes, title: str) -> str:
-    "The whole page as text."
-    code = script() + START
+def html_page(setup: dict, load: bytes, title: str, code: str = '', css: str = '') -> str:
+    "The whole page as text; `code`, `css`: another view's script and style sheet."
+    code = (code or script()) + START
     if '</script' in code.lower(): raise SceneError("the viewer's script holds '</script', which would end it early; break the word")
     sha = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{sha}'; style-src 'unsafe-inline'; img-src data:"
-    return _PAGE.format(policy=policy, title=escape(title), css=asset('viewer_page.css'), warning=escape(CAUTION), setup=data_block(setup), load=base64.b64encode(load).decode(), script=code)
+    return _PAGE.format(policy=policy, title=escape(title), css=css or asset('viewer_page.css'), warning=escape(CAUTION), setup=data_block(setup), load=base64.b64encode(load).decode(), script=code)
 
 # %% ../nbs/34c_offline.ipynb #89dd0e98
 def export_html(study: Study, path, title: str = 'PET/CT study', organs: Mapping[int, str] | None = None, on: str = '', most_mb: float = PAGE_MB, reports: bool = False, **state) -> Path:

@@ -4,30 +4,30 @@
 
 # %% ../nbs/20_train.ipynb #663f85ce
 from __future__ import annotations
-import fnmatch, json, logging, math, resource, shutil, time
-from multiprocessing import get_start_method
+import argparse, fnmatch, json, logging, os, shutil, sys, time
 from pathlib import Path
-import numpy as np, torch
+import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from .config import Config, Paths, Stage, find_root, resolve
-from .graph import chain, path_to, reads
+from .config import Config, ConfigError, Paths, Stage, find_root, paths, resolve
+from .graph import chain, path_to, plan, reads
 from .journal import NAME, Journal
+from .peak import measured
+from .ranks import RanksError, asked, first, launch, leave, rank, share, together, wait, world
+from .trainer import ShardedOnCPU, StageTrainer, TrainError, arguments, by_length, loose, sharding
 from .vlm import PetVLM
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'WINDOW', 'PRETRAINED', 'TrainError', 'set_trainable', 'StageTrainer', 'by_length', 'arguments', 'Telling',
-           'run_stage', 'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build',
-           'images_read', 'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve']
+__all__ = ['log', 'PRETRAINED', 'set_trainable', 'Telling', 'run_stage', 'kept', 'write_node', 'save_node', 'load_delta',
+           'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read', 'head_lattices', 'collator',
+           'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve', 'main']
 
 # %% ../nbs/20_train.ipynb #261d07dc
-class TrainError(RuntimeError):
-    "A stage that cannot start: no parameter matches, or a checkpoint is missing."
-
 def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
     "Let exactly the parameters that match one of `patterns` (shell style) and none of those with a `!` before them move. Returns their names. Raises `TrainError` for a pattern that matches nothing."
     names = [n for n, _ in model.named_parameters()]
@@ -39,79 +39,66 @@ def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
     for n, p in model.named_parameters(): p.requires_grad_(n in moving)
     return [n for n in names if n in moving]
 
-# %% ../nbs/20_train.ipynb #db097302
-class StageTrainer(Trainer):
-    "transformers' `Trainer` for one `Stage`: the loss is the model's weighted sum of named losses."
-    def __init__(self, *a, objective: dict, **kw):
-        super().__init__(*a, **kw)
-        self.objective, self.parts = objective, {}
-        self.model_accepts_loss_kwargs = False              # each loss normalises itself, per token or per item of the batch
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(objective=self.objective, **inputs)
-        self.parts = {k: float(v.detach()) for k, v in out.items() if k != 'loss'}
-        return (out['loss'], out) if return_outputs else out['loss']
-
-    def log(self, logs, *a, **kw): super().log(logs | self.parts, *a, **kw)
-    def _get_train_sampler(self, *a, **kw): return torch.utils.data.SequentialSampler(self.train_dataset)
-
-# %% ../nbs/20_train.ipynb #d1d1f1ff
-WINDOW = 16       # batches
-
-def by_length(lengths, batch: int, seed: int, window: int = WINDOW) -> list[int]:
-    "An order of the items in which those of one batch are of like length: sorted by `lengths` within each `window` of batches, the batches of a window drawn at random. Each item once; a window holds the items that it held before."
-    rng, out = np.random.default_rng(seed), []
-    for start in range(0, len(lengths), window*batch):
-        near = sorted(range(start, min(start + window*batch, len(lengths))), key=lambda i: (lengths[i], i))
-        batches = [near[k:k + batch] for k in range(0, len(near), batch)]
-        out += [i for k in rng.permutation(len(batches)) for i in batches[k]]
-    return out
-
-# %% ../nbs/20_train.ipynb #6c397034
-def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100) -> TrainingArguments:
-    "`TrainingArguments` of one stage; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
-        lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
-        report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False)
-
 # %% ../nbs/20_train.ipynb #065edda1
 class Telling(TrainerCallback):
     "Keeps the journal of a run in its folder of work. `parts`: gives the parts of the loss of the batch just seen."
     def __init__(self, stage: Stage, parts, told=None): self.stage, self.parts, self.told = stage, parts, told
     def on_train_begin(self, args, state, control, **kw):
+        if not state.is_world_process_zero: return
         self.journal = Journal(Path(args.output_dir)/NAME, told=self.told)
         self.journal.begin(self.stage.name, state.max_steps, self.stage.batch*self.stage.accumulate, {k: w for k, w in self.stage.objective.items() if w}, state.global_step)
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kw): self.journal.step(state.global_step, self.parts(), lr_scheduler.get_last_lr()[0])
-    def on_train_end(self, args, state, control, **kw): self.journal.end(state.global_step)
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kw):
+        if state.is_world_process_zero: self.journal.step(state.global_step, self.parts(), lr_scheduler.get_last_lr()[0])
+    def on_train_end(self, args, state, control, **kw):
+        if state.is_world_process_zero: self.journal.end(state.global_step)
 
 # %% ../nbs/20_train.ipynb #15b1a573
-def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100, told=None) -> dict:
-    "Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. `told`: see `petvlm.journal.Journal`. Returns the trainable names and the log."
+def _spread(sharded: bool, deepspeed: str) -> None:
+    "Refuse a way of spreading that would silently be another, or whose weights could not be kept."
+    if (sharded or deepspeed) and 'LOCAL_RANK' not in os.environ: raise TrainError("sharding needs processes that torchrun started: torchrun --nproc-per-node <cards> -m petvlm.train <node> --shard")
+    if deepspeed and json.loads(Path(deepspeed).read_text(encoding='utf-8')).get('zero_optimization', {}).get('stage', 0) > 2:
+        raise TrainError(f"{deepspeed}: ZeRO stage 3 shards the parameters, which a node is not gathered from; use stage 2, or --shard (FSDP2) in its place")
+
+def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False, told=None) -> dict:
+    """Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. `told`: see `petvlm.journal.Journal`. Returns the trainable names, the log, the number of ranks, and memory in MB (`petvlm.peak`).
+
+    Under `torchrun` the ranks share each step (`petvlm.ranks`): DDP, with `sharded` FSDP2 (the model comes back in pieces, see `kept`), or as the file `deepspeed` says (ZeRO stage 2 at most). `checkpointing`: layers of the language model that move, or hold adapters, are run again in the backward pass instead of kept. Raises `TrainError`, and `RanksError` for a step that the ranks cannot share."""
+    _spread(sharded, deepspeed)
     names = set_trainable(model, stage.train)
-    trainer = StageTrainer(model=model, args=arguments(stage, work, seed, save_steps), train_dataset=items, data_collator=collate,
+    if checkpointing: model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})
+    args = arguments(stage, work, seed, save_steps, sharding(model) if sharded else None, deepspeed)
+    if sharded and (numbers := loose(model)): args.fsdp_plugin_args['ignored_modules'] = numbers
+    args._n_gpu = min(args.n_gpu, 1)                        # one process, one card: never DataParallel, which would multiply the batch
+    trainer = (ShardedOnCPU if sharded and args.use_cpu else StageTrainer)(model=model, args=args, train_dataset=items, data_collator=collate,
                            objective={k: w for k, w in stage.objective.items() if w}, callbacks=list(callbacks))
     trainer.add_callback(Telling(stage, lambda: trainer.parts, told))
     if told: trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK)       # its bar would say the same beside it
     resume = any(work.glob('checkpoint-*'))
     if resume: log.info("%s: resuming from %s", stage.name, work)
+    if rank(): torch.manual_seed(seed + rank())             # dropout of its own
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
-    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1),
-            'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    with measured() as memory, together(share(stage.batch, stage.accumulate, world()).together): trainer.train(resume_from_checkpoint=resume)
+    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1), 'ranks': world(),
+            'peak_mb': memory['peak'], 'memory': memory, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 def _part(name: str) -> str: return '.'.join(name.split('.')[:2])
 
-def save_node(model: PetVLM, report: dict, folder: Path) -> None:
-    "Write what a stage changed (`delta.safetensors`: trainable parameters, and the buffers of the parts they belong to) and its `report` into `folder`, atomically."
-    moved, parts = set(report['trainable']), {_part(n) for n in report['trainable']}
-    buffers = {n for n, _ in model.named_buffers() if _part(n) in parts} & set(model.state_dict())
-    keep = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n in buffers or n in moved}
+def kept(model: PetVLM, trainable) -> dict[str, torch.Tensor]:
+    "What a stage changed, on the CPU: the parameters `trainable` and the buffers of the parts they belong to. Of a sharded model every rank holds a piece, and every rank must ask."
+    state, moved, parts = model.state_dict(), set(trainable), {_part(n) for n in trainable}
+    buffers = {n for n, _ in model.named_buffers() if _part(n) in parts} & set(state)
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous() for n, t in state.items() if n in buffers or n in moved}
+
+def write_node(tensors: dict[str, torch.Tensor], report: dict, folder: Path) -> None:
+    "Write `tensors` (`delta.safetensors`) and a stage's `report` (`stage.json`) into `folder`, atomically."
     tmp = Path(f'{folder}.partial'); tmp.mkdir(parents=True, exist_ok=True)
-    save_file(keep, tmp/'delta.safetensors')
+    save_file(tensors, tmp/'delta.safetensors')
     (tmp/'stage.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
     shutil.rmtree(folder, ignore_errors=True); tmp.replace(folder)
+
+def save_node(model: PetVLM, report: dict, folder: Path) -> None:
+    "Write what a stage changed (`kept`) and its `report` into `folder`, atomically."
+    write_node(kept(model, report['trainable']), report, folder)
 
 def load_delta(model: PetVLM, folder: Path) -> None:
     "Apply the delta of one node. Raises `TrainError` if it is missing or holds a name that the model should have and lacks; whole parts that this point does not use are passed over."
@@ -233,12 +220,16 @@ def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -
         load_delta(model, folder)
     return model, PetVLMProcessor(tokenizer, model.n_image)
 
-def train_node(node: str, nodes: dict[str, dict], where: Paths, told=None) -> dict:
-    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report. `told`: called with the path of the journal after each of its lines (`petvlm.live.Live`)."
+def train_node(node: str, nodes: dict[str, dict], where: Paths, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False, told=None) -> dict:
+    "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report. Where `PETVLM_RANKS` asks for several processes, they are started and waited for. `sharded`, `deepspeed`, `checkpointing`: as `run_stage`. `told`: called with the path of the journal after each of its lines (`petvlm.live.Live`)."
+    if n := asked():
+        launch('petvlm.train', [node, '--scale', where.scale], n)
+        return json.loads((where.node(node)/'stage.json').read_text(encoding='utf-8'))
+    _spread(sharded, deepspeed)
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
     stage, before = cfg.stages[item['stage']], path_to(node, nodes)[:-1]
-    prepared = where.prepared(cfg.data)
-    model, processor = load_point(cfg, prepared, [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in before])
+    prepared, lineage = where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in before]
+    model, processor = load_point(cfg, prepared, lineage)
     if stage.lora: model.adapt(cfg.lora)
     processor.n_image = image_count(stage, model)
     images, split = images_read(model, cfg, stage), lambda name: Rows(prepared, name, cfg.data.suv_max)
@@ -247,10 +238,17 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths, told=None) -> di
     if stage.objective.get('lm') and not stage.lora: items = torch.utils.data.Subset(items, by_length([items.letters(i) for i in range(len(items))], stage.batch, cfg.seed))
     key = chain(cfg)[stage.name]
     work = where.runs/'work'/f'{node}-{key}'                # a changed stage never resumes the old one's checkpoint
-    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed, told=told)
-    report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
-    save_node(model, report, where.node(node))
-    shutil.rmtree(work, ignore_errors=True)
+    report = run_stage(model, stage, items, collator(processor, stage, images), work, cfg.seed, sharded=sharded, deepspeed=deepspeed, checkpointing=checkpointing, told=told)
+    delta = kept(model, report['trainable'])
+    if first():
+        if sharded:                                         # pieces do not speak: the whole model again, for the probe
+            model, _ = load_point(cfg, prepared, lineage)
+            if stage.lora: model.adapt(cfg.lora)
+            model.load_state_dict(delta, strict=False)
+        report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
+        write_node(delta, report, where.node(node))
+        shutil.rmtree(work, ignore_errors=True)
+    wait()
     return report
 
 # %% ../nbs/20_train.ipynb #400b5d86
@@ -269,3 +267,20 @@ def curve(report: dict):
     for name in sorted(set().union(*rows) - {'epoch', 'step', 'learning_rate', 'grad_norm'}): ax.plot([r['step'] for r in rows], [r.get(name) for r in rows], label=name)
     ax.set(xlabel='step', ylabel='loss', title=report['node'], yscale='log'); ax.legend(frameon=False)
     return fig
+
+# %% ../nbs/20_train.ipynb #544b3cfd
+def main(args=None) -> int:
+    "`[torchrun ...] python -m petvlm.train <node> [--scale S] [--shard] [--deepspeed file] [--checkpoint]`. A mistake in the configuration is one line, not a traceback."
+    parser = argparse.ArgumentParser(prog='petvlm.train')
+    parser.add_argument('node'); parser.add_argument('--scale', default=None); parser.add_argument('--shard', action='store_true'); parser.add_argument('--deepspeed', default=''); parser.add_argument('--checkpoint', action='store_true')
+    a = parser.parse_args(args); where = paths(a.scale)
+    try:
+        nodes = plan(scale=where.scale)
+        if a.node not in nodes: raise TrainError(f"no node {a.node!r} at scale {where.scale}; there are {', '.join(nodes)}")
+        train_node(a.node, nodes, where, a.shard, a.deepspeed, a.checkpoint)
+    except (TrainError, RanksError, ConfigError) as e: sys.stderr.write(f'petvlm: {e}\n'); return 1
+    finally: leave()
+    return 0
+
+# %% ../nbs/20_train.ipynb #15c1c521
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # as a module; a notebook has no file

@@ -13,10 +13,11 @@ from .alignment import alignment_loss, attention_mass, mask_to_tokens, region_ma
 from .datasets import VIEWS
 from .content_topic import pooled
 from .contrast import content_topic_loss, embed_text
-from .exchange import clip_across, info_nce_across, several, siglip_across
+from .exchange import clip_across, info_nce_across, siglip_across
 from .heads import LATENTS, SiteHead, site_loss
 from .language import TextTower, lora
 from .losses import IGNORED, clip_loss, lm_loss
+from .ranks import counted, holders
 from .r2gen import R2GenConfig                # makes the type 'r2gen' known to transformers
 from .siglip import siglip_loss
 from .slots import build, lattices, reads, streams
@@ -215,13 +216,14 @@ def _pair(m: PetVLM, b: dict, state: dict, view: str) -> tuple[Tensor, Tensor]:
     "Unit vectors of images and texts of a view."
     return m.latent[view](state['view', view]), m.text[view](b[f'text_{view}_ids'], b[f'text_{view}_mask'])
 
-def _across(m: PetVLM) -> bool: return m.training and several()
-
-def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor: return (clip_across if _across(m) else clip_loss)(*_pair(m, b, state, view), m.config.tau, m.config.symmetric)
+def _clip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
+    pair, group = _pair(m, b, state, view), holders()
+    return clip_loss(*pair, m.config.tau, m.config.symmetric) if group is None else clip_across(*pair, m.config.tau, m.config.symmetric, group=group)
 
 def _siglip(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
-    p = m.sigmoid[view]
-    return (siglip_across if _across(m) else siglip_loss)(*_pair(m, b, state, view), p['t_prime'], p['bias'], m.config.siglip['form'])
+    pair, group, p = _pair(m, b, state, view), holders(), m.sigmoid[view]
+    given = (*pair, p['t_prime'], p['bias'], m.config.siglip['form'])
+    return siglip_loss(*given) if group is None else siglip_across(*given, group=group)
 
 def _sites(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     "Every lattice of the view against its part of the truth."
@@ -237,14 +239,14 @@ def _match(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     found = state['visual'].x
     if found.shape[1] < described.shape[1]: raise VLMError(f"match: the image has {found.shape[1]} tokens, the truth describes {described.shape[1]}; the model's lattices are {m.lattices}")
     far, there = F.mse_loss(found[:, :described.shape[1]], described, reduction='none').mean(-1), b['truth'][..., :m.config.n_labels].amax(-1)   # (B, N)
-    return sum((far*w).sum()/w.sum().clamp(min=1) for w in (there, 1 - there))
+    return sum((far*w).sum()/counted(w.sum()) for w in (there, 1 - there))
 
 def _contrast(m: PetVLM, b: dict, state: dict, view: str) -> Tensor:
     "Projected content and topic tokens against the frozen language model's embeddings of the findings and of the topic words."
     text = [embed_text(m.get_input_embeddings(), b[f'text_{k}_ids'], b[f'text_{k}_mask']) for k in ('content', 'topic')]
-    images = pooled(state['visual'])
-    if _across(m): return sum(info_nce_across(i, t, m.config.tau) for i, t in zip(images, text))/2
-    return content_topic_loss(*images, *text, m.config.tau)
+    images, group = pooled(state['visual']), holders()
+    if group is None: return content_topic_loss(*images, *text, m.config.tau)
+    return sum(info_nce_across(i, t, m.config.tau, group=group) for i, t in zip(images, text))/2
 
 LOSSES = {'contrast': _contrast, 'clip': _clip, 'siglip': _siglip, 'sites': _sites, 'lm': lambda m, b, state, view: state['lm'], 'align': lambda m, b, state, view: state['align'], 'match': _match}
 
@@ -258,9 +260,9 @@ def regions(self: PetVLM, suv: Tensor) -> Tensor:
 
 @patch
 def _speak(self: PetVLM, b: dict, visual: Tokens, objective: dict) -> dict[str, Tensor]:
-    "The language model's loss, and the alignment loss when it weighs something."
+    "The language model's loss, and the alignment loss when it weighs something. `tokens` of the batch: what the former is divided by, instead of its own supervised tokens."
     embeds, labels = self.embed(b['input_ids'], visual), b['labels']
-    run = lambda **kw: lm_loss(*self._logits(embeds, b['attention_mask'], labels, **kw))
+    run = lambda **kw: lm_loss(*self._logits(embeds, b['attention_mask'], labels, **kw), b.get('tokens'))
     if not objective.get('align'): return {'lm': run()}
     if self.lm.config.is_encoder_decoder: raise VLMError("the alignment loss reads the attention of a decoder alone; leave `align` out of the objective of an encoder-decoder")
     slots = b['input_ids'] == self.config.image_token_id
