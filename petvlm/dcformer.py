@@ -22,19 +22,17 @@ def band(kernel: Tensor, n: int) -> Tensor:
 
 def _banded(x: Tensor, kernel: Tensor, axis: int) -> Tensor:
     m = band(kernel, x.shape[2 + axis])
-    if axis == 0: return (m @ x.flatten(3)).view(x.shape)
-    if axis == 1: return (m @ (y := x.transpose(2, 3)).flatten(3)).view(y.shape).transpose(2, 3)
-    return (x.flatten(2, 3) @ m.transpose(1, 2)).view(x.shape)
+    return (m @ x.flatten(3)).view(x.shape) if axis == 0 else (x.flatten(2, 3) @ m.transpose(1, 2)).view(x.shape)
 
 AXIS, LATTICE = range(8, 65), 1024   # where matrices pay: voxels along the axis, and on the whole lattice at least
 
 def along_axis(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, stride: int = 1, groups: int = 1) -> Tensor:
     """The convolution of `x` (B, C, D, H, W) with `weight` (C', C/groups, ...), a kernel longer than 1, and odd, along `axis` only (0 d, 1 h, 2 w), zeros around; `stride` along all three.
 
-    Depthwise by matrices (`AXIS`, `LATTICE`), else in two dimensions; with a stride as it stands. The same sums as `F.conv3d`, in another order."""
+    Depthwise along d and w by matrices (`AXIS`, `LATTICE`), else in two dimensions; with a stride as it stands. The same sums as `F.conv3d`, in another order."""
     k, (*_, d, h, w) = weight.shape[2 + axis], x.shape
     if stride > 1: return F.conv3d(x, weight, bias, stride, tuple(k//2 if a == axis else 0 for a in range(3)), groups=groups)
-    if groups == x.shape[1] == len(weight) and x.shape[2 + axis] in AXIS and d*h*w >= LATTICE:
+    if axis != 1 and groups == x.shape[1] == len(weight) and x.shape[2 + axis] in AXIS and d*h*w >= LATTICE:
         y = _banded(x, weight.flatten(1), axis)
         return y if bias is None else y + bias.view(-1, 1, 1, 1)
     flat = lambda v, *dims: F.conv2d(v, weight.flatten(*dims), bias, padding=(k//2, 0) if axis < 2 else (0, k//2), groups=groups)
