@@ -6,6 +6,7 @@
 # make tables           every table, the lesions, the claims and the summary page again, from the results that are there
 # make papers           nbs/papers again, from the tables
 # make lab              JupyterLab
+# make docs             notebooks, how-tos and a page per module as HTML in _docs/, which opens from disk without network
 # make study DICOM=folder  a real PET/CT folder -> one HTML page
 PYTHON ?= python3
 VENV   ?= .venv
@@ -66,6 +67,9 @@ papers: env
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
+
+docs: env
+	$(BIN)/python docs/pages.py
 
 study: env
 	@test -n "$(DICOM)" || { echo "usage: make study DICOM=<folder with a PET and a CT series>"; exit 2; }

@@ -76,14 +76,14 @@ def test_what_is_no_batch_is_refused(make, says):
 def test_the_model_takes_them_while_it_trains_on_several(monkeypatch):
     from petvlm import vlm
     (x, y), said = batch(), []
-    m = SimpleNamespace(training=True, latent={'ct': lambda t: t}, text={'ct': lambda ids, mask: ids}, sigmoid={'ct': {'t_prime': torch.tensor(2.), 'bias': torch.tensor(-1.)}},
+    m = SimpleNamespace(latent={'ct': lambda t: t}, text={'ct': lambda ids, mask: ids}, sigmoid={'ct': {'t_prime': torch.tensor(2.), 'bias': torch.tensor(-1.)}},
                         config=SimpleNamespace(tau=.3, symmetric=True, siglip={'form': 'textbook'}))
     losses = lambda: torch.stack([vlm.LOSSES[k](m, {'text_ct_ids': y, 'text_ct_mask': None}, {('view', 'ct'): x}, 'ct') for k in ('clip', 'siglip')])
     alone = losses()
-    for f in (clip_across, siglip_across): monkeypatch.setattr(vlm, f.__name__, lambda *a, f=f: said.append(f.__name__) or f(*a))
-    monkeypatch.setattr(vlm, 'several', lambda: True)
+    for f in (clip_across, siglip_across): monkeypatch.setattr(vlm, f.__name__, lambda *a, f=f, **kw: said.append(f.__name__) or f(*a, **kw))
+    monkeypatch.setattr(vlm, 'holders', lambda: 'the ranks that hold a batch')
     torch.testing.assert_close(losses(), alone, atol=1e-6, rtol=1e-5)
-    m.training = False; losses()                                          # one process alone may evaluate
+    monkeypatch.setattr(vlm, 'holders', lambda: None); losses()           # one process alone may evaluate
     assert said == ['clip_across', 'siglip_across']
 
 
