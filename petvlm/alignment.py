@@ -81,6 +81,8 @@ class AttentionMass:
     `records[layer]` (B, R + 1): mass averaged over heads and over the text queries; the last channel is all image tokens. `valid` (B, R): regions with a token.
     (A plain class: FSDP copies dataclass arguments, and a copy would keep the records for itself.)
     """
+    averaged = True     # a recorder that wants each query's channels says False: the CPU's kernel gives means only
+
     def __init__(self, regions: Tensor, slots: Tensor, queries: Tensor, layers=None):
         if queries.shape != slots.shape: raise AlignmentError(f"attention_mass: queries {tuple(queries.shape)} and slots {tuple(slots.shape)} must both be (B, S)")
         regions = regions.float()
@@ -214,7 +216,7 @@ def petvlm_mass(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     scaling, d = query.shape[-1]**-.5 if scaling is None else scaling, value.shape[-1]   # the old scale, whatever the new width
     asked = kw.get('is_causal')
     causal = attention_mask is None and query.shape[2] > 1 and (getattr(module, 'is_causal', True) if asked is None else asked)
-    if _cpu_kernel(query, key, value, attention_mask, causal, scaling, **kw):
+    if m.averaged and _cpu_kernel(query, key, value, attention_mask, causal, scaling, **kw):
         out, mass = _MassOnCPU.apply(query, key, value, m.channels.to(value), m.weights, attention_mask, causal, scaling)
     else:
         wide, _ = sdpa_attention_forward(module, *m.widen(query, key, value), attention_mask, scaling=scaling, **kw)

@@ -27,10 +27,14 @@ __all__ = ['TokenAttention', 'AttentionError', 'token_spans', 'Shown', 'shown_of
 # %% ../nbs/21b_attention.ipynb #cbfb2f6c
 class TokenAttention(AttentionMass):
     """The recorder of `petvlm.alignment` with a channel for each image token: `maps[layer]` = attention (T, H, N) float16, on S (T, H) and on the image (T, H), float32, of the T queries of the one sample. `weights` (N,): S on the image tokens; `slots`, `queries` (1, S) bool."""
+    averaged = False
+
     def __init__(self, weights: Tensor, slots: Tensor, queries: Tensor):
         if len(slots) != 1: raise AlignmentError(f"attention to tokens is recorded for one sample at a time, found {len(slots)}")
         super().__init__(torch.cat([torch.eye(len(weights), device=weights.device), weights[None]])[None], slots, queries)
         self.n, self.at, self.maps = len(weights), queries[0], {}
+
+    def average(self, out: Tensor) -> Tensor: return out       # nothing is averaged here
 
     def record(self, layer: int, out: Tensor) -> None:
         "Keep the queries' maps of one layer; `out` (1, S, H, N + 2 or more). Raises `AlignmentError` on a second pass."
