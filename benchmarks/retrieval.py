@@ -1,4 +1,4 @@
-"""The ten studies most like this one, of 100,000: brute force in numpy against the indices of faiss (`petvlm.index`).
+"""The ten studies most like this one, of 100,000: brute force in numpy against the indices of faiss (`petvlm.vectorindex`).
 
     pip install faiss-cpu==1.15.1                  # the engine; petvlm pins it
     python benchmarks/retrieval.py                 # 100,000 x 512
@@ -16,13 +16,13 @@ import harness
 from table import line
 
 
-def ready(): import petvlm.index, faiss  # noqa: F401
+def ready(): import petvlm.vectorindex, faiss  # noqa: F401
 
 
 def drawn(n, dim, inner, asked, seed=0):
     "`(n, dim)` unit vectors and `asked` questions about the first of them; `inner` 0: no shape at all."
     import numpy as np
-    from petvlm.index import unit
+    from petvlm.vectorindex import unit
     rng = np.random.default_rng(seed); normal = lambda *size: rng.standard_normal(size, np.float32)
     if not inner: vectors = unit(normal(n, dim))
     else:
@@ -34,7 +34,7 @@ def drawn(n, dim, inner, asked, seed=0):
 def built(kinds, vectors, room):
     "Indices by kind, and what building, saving and loading took."
     import numpy as np
-    from petvlm.index import build_index, load_index, save_index
+    from petvlm.vectorindex import build_index, load_index, save_index
     indices, cost = {}, {}
     for kind in kinds:
         start = time.process_time(); index = build_index(vectors, kind); build = time.process_time() - start
@@ -61,13 +61,13 @@ def plain(vectors, queries, k, block=200):
 def measured(n, dim, inner, asked, single, k, repeats, kinds, room):
     "Seconds per question of every way, in a batch and one at a time; recall and cost."
     import faiss
-    from petvlm.index import brute, partner_recall, recall
+    from petvlm.vectorindex import brute, partner_recall, recall
     faiss.omp_set_num_threads(1)
     vectors, queries = drawn(n, dim, inner, asked)
     indices, cost = built(kinds, vectors, room)
     searches = {'numpy': lambda q: plain(vectors, q, k), **{kind: (lambda q, index=index: index.search(q, k)) for kind, index in indices.items()}}
     exact = brute(vectors, queries, k)
-    if (same := recall(exact._replace(place=plain(vectors, queries, k)), exact)) < .9999: raise RuntimeError(f'petvlm.index.brute finds {same:.4f} of what numpy finds')   # near ties may turn
+    if (same := recall(exact._replace(place=plain(vectors, queries, k)), exact)) < .9999: raise RuntimeError(f'petvlm.vectorindex.brute finds {same:.4f} of what numpy finds')   # near ties may turn
     found = {'numpy': exact, **{kind: index.search(queries, k) for kind, index in indices.items()}}
     quality = {w: {'recall': recall(f, exact), 'own': partner_recall(f, range(len(queries)), (1, k))} for w, f in found.items()}
     def one_by_one(s):
@@ -81,7 +81,7 @@ def measured(n, dim, inner, asked, single, k, repeats, kinds, room):
 def worst(n, dim, asked, k, kinds):
     "Recall of the approximate kinds on vectors without any shape."
     import faiss
-    from petvlm.index import brute, build_index, recall
+    from petvlm.vectorindex import brute, build_index, recall
     faiss.omp_set_num_threads(1)
     vectors, queries = drawn(n, dim, 0, asked)
     exact = brute(vectors, queries, k)

@@ -1,7 +1,7 @@
 "Searching: by hand, exact against brute force, approximate with a floor, kept on disk without pickle."
 import json, pickle, sys
 import numpy as np, pytest
-from petvlm.index import KINDS, Found, SearchError, brute, build_index, load_index, partner_recall, recall, save_index, unit
+from petvlm.vectorindex import KINDS, Found, SearchError, brute, build_index, load_index, partner_recall, recall, save_index, unit
 from petvlm.words import MetricError
 
 @pytest.fixture(scope='module')
