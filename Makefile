@@ -5,6 +5,7 @@
 # make bench            every benchmark beside its peer, and benchmarks/README.md (BENCH="--quick data" for a look at one)
 # make tables           every table, the lesions, the claims and the summary page again, from the results that are there
 # make papers           nbs/papers again, from the tables
+# make figures          the papers' figures again, from the results that are there
 # make lab              JupyterLab
 # make docs             notebooks, how-tos and a page per module as HTML in _docs/, which opens from disk without network
 # make study DICOM=folder  a real PET/CT folder -> one HTML page
@@ -21,7 +22,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env data plan repro tables papers test test-slow fuzz bench lab study docs lock clean
+.PHONY: help env data plan repro tables figures papers test test-slow fuzz bench lab study docs lock clean
 
 help:
 	@sed -n 's/^# \(make.*\)/  \1/p' Makefile
@@ -61,6 +62,9 @@ bench: env
 
 tables: env
 	$(BIN)/python -m dvc repro -s -f tables
+
+figures: env
+	$(BIN)/python -m dvc repro -s -f figures
 
 papers: env
 	cd nbs/papers && $(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb && for n in *.ipynb; do $(BIN)/nbdev_clean --fname $$n; done

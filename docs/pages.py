@@ -15,7 +15,7 @@ NBS, WORK, OUT = ROOT/'nbs', ROOT/'build/docs', ROOT/'_docs'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 PATIENT = 20323                                         # of the live page and of the picture in README
 
-START = ('tour.ipynb', 'own_data.ipynb', 'howto/own_encoder.ipynb', 'howto/own_language_model.ipynb', 'howto/gpu.md', 'howto/cluster.md', 'troubleshooting.md', 'live.md')
+START = ('tour.ipynb', 'own_data.ipynb', 'howto/own_encoder.ipynb', 'howto/own_language_model.ipynb', 'howto/gpu.md', 'howto/several_cards.md', 'howto/cluster.md', 'troubleshooting.md', 'live.md')
 PARTS = {                                               # page -> title, first and last number of its notebooks, what they are about
     'inputs': ('What goes in', 0, 9, 'Configuration, volumes, DICOM and SUV, findings, reports and questions, the phantom, published layouts, rows on the model grid.'),
     'model': ('What a model is', 10, 19, 'Tokens, stem, encoders, fusion, projectors, language, losses, the alignment loss, their assembly, and probes of what it knows.'),
