@@ -64,7 +64,7 @@ tables: env
 	$(BIN)/python -m dvc repro -s -f tables
 
 figures: env
-	$(BIN)/python -m dvc repro -s -f figures
+	$(BIN)/papermill nbs/pipeline/figures.ipynb reports/figures.ipynb -p scale $(or $(SCALE),phantom)
 
 papers: env
 	cd nbs/papers && $(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb && for n in *.ipynb; do $(BIN)/nbdev_clean --fname $$n; done

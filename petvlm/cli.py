@@ -6,7 +6,6 @@
 from __future__ import annotations
 import argparse, json, os, re, subprocess, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
@@ -21,7 +20,6 @@ from .sources import SourceError
 from .suv import DicomError
 from .tasks import HELD
 from .viewer import clean
-from .warm import warm
 
 # %% auto #0
 __all__ = ['ALWAYS', 'PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
@@ -110,12 +108,10 @@ def repro(jobs: int = 0) -> int:
     params, systems, sets = load_params(root/'params.yaml'), {}, {}
     for point, spec in params['points'].items():
         systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'audit@{resolve(point, params=params).data.name}'] = None      # prepares, then audits: a leak stops here, before anything is trained
-    alone = options() is None
-    jobs = jobs or (lanes() if alone else len(systems) + 1)          # jobs of SLURM wait for each other only where one stands on the other
+    jobs = jobs or (lanes() if options() is None else len(systems) + 1)          # jobs of SLURM wait for each other only where one stands on the other
     if code := _dvc(list(sets), _threads(cores, root), root): return code            # while one reads `data/`, DVC lets no other run pass it
     env = _threads(max(1, cores//jobs), root)
-    with warm(env=env) if alone and jobs > 1 else nullcontext({}) as forks, ThreadPoolExecutor(jobs) as pool:      # one lane: a GPU, whose driver does not survive a fork
-        codes = list(pool.map(lambda targets: _dvc(targets, env | forks, root), [*systems.values(), ['believe']]))
+    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, env, root), [*systems.values(), ['believe']]))
     code = max(codes) or _dvc([], _threads(cores, root), root)
     write_spent(root, params['scale'])
     return code
