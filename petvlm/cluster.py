@@ -61,7 +61,7 @@ def here(command: list[str], name: str, root: Path, **about) -> int:
     start, run = time.perf_counter(), subprocess.Popen(command, cwd=root)
     _, status, used = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)
-    told = about | {'name': name, 'seconds': round(time.perf_counter() - start, 1), 'peak_mb': used.ru_maxrss//(1024 if sys.platform != 'darwin' else 2**20), 'cpu_seconds': round(used.ru_utime + used.ru_stime, 1), 'exit': run.returncode}
+    told = about | {'name': name, 'seconds': round(time.perf_counter() - start, 3), 'peak_mb': used.ru_maxrss//(1024 if sys.platform != 'darwin' else 2**20), 'cpu_seconds': round(used.ru_utime + used.ru_stime, 3), 'exit': run.returncode}
     atomic(root/'reports'/'spent'/f'{name}.json', lambda p: p.write_text(json.dumps(told), encoding='utf-8'))
     return run.returncode
 
