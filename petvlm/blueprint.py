@@ -16,29 +16,16 @@ from .datasets import LABELS
 from .endpoint import served
 from .files import atomic
 from .tokens import Tokens
+from .memory import SIZES, Vocabulary
 from .train import PRETRAINED, build, set_trainable, views
 from .vlm import PetVLM
 
 # %% auto #0
-__all__ = ['PUBLISHED_LMS', 'IMAGE', 'TEXT', 'SAID', 'LOSS_READS', 'BlueprintError', 'Words', 'skeleton', 'parts_of', 'count',
-           'tensors', 'pieces_of', 'Watch', 'stages_of', 'blueprint', 'write_blueprint']
+__all__ = ['IMAGE', 'TEXT', 'SAID', 'LOSS_READS', 'BlueprintError', 'skeleton', 'parts_of', 'count', 'tensors', 'pieces_of',
+           'Watch', 'stages_of', 'blueprint', 'write_blueprint']
 
 # %% ../nbs/21c_blueprint.ipynb #72ea6c0a
 class BlueprintError(ValueError): "A point that cannot be built here; the message says why and what to do."
-
-PUBLISHED_LMS = {     # name in params.yaml -> its config.json
-    'mistralai/Mistral-7B-Instruct-v0.2': dict(model_type='mistral', vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None),
-    'Qwen/Qwen2.5-7B-Instruct': dict(model_type='qwen2', vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    'microsoft/Phi-3-mini-4k-instruct': dict(model_type='phi3', vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32),
-    'meta-llama/Llama-2-7b-hf': dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32),
-    'smollm2': dict(model_type='llama', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
-
-class Words:
-    "As much of a tokenizer as building a model asks for: `n` words, the fourth of them the image placeholder."
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-    def __init__(self, n: int): self.n = n
-    def __len__(self) -> int: return self.n
-    def convert_tokens_to_ids(self, token: str) -> int: return IMAGE
 
 IMAGE, TEXT, SAID = 3, 7, 8      # ids of the placeholder and of any other word; how many words of text go through the model
 
@@ -50,15 +37,15 @@ def _labels(cfg: Config) -> int:
 def skeleton(cfg: Config, words: int = 1024) -> PetVLM:
     """The model of `cfg` as `petvlm.train.build` makes it, in evaluation mode; with a published language model on the meta device, where tensors have shapes and no numbers.
 
-    `words`: size of the tokenizer of a language model made on the spot. Raises `BlueprintError` for a served model, and for a language model whose sizes are not in `PUBLISHED_LMS`."""
+    `words`: size of the tokenizer of a language model made on the spot. Raises `BlueprintError` for a served model, and for a language model whose sizes are not in `SIZES`."""
     if served(cfg): raise BlueprintError(f"{cfg.point}: its language model is served by an endpoint; nothing is built here")
-    if cfg.lm.kind not in PRETRAINED: return build(cfg, Words(words), labels=_labels(cfg)).eval()
+    if cfg.lm.kind not in PRETRAINED: return build(cfg, Vocabulary(words), labels=_labels(cfg)).eval()
     name = cfg.lm.args.get('name', cfg.lm.kind)
-    if name not in PUBLISHED_LMS: raise BlueprintError(f"{cfg.point}: sizes of {name!r} are not known, expected one of {sorted(PUBLISHED_LMS)}; add the fields of its config.json to PUBLISHED_LMS")
-    fields = {'tie_word_embeddings': False} | PUBLISHED_LMS[name]
+    if name not in SIZES: raise BlueprintError(f"{cfg.point}: sizes of {name!r} are not known, expected one of {sorted(SIZES)}; add the fields of its config.json to SIZES")
+    fields = {'tie_word_embeddings': False} | SIZES[name]
     with torch.device('meta'):
         torch.empty(0)               # torch notes once what a device may place; noted later, while transformers replaces `linspace`, it would miss that one
-        return build(cfg, Words(fields['vocab_size']), labels=_labels(cfg), lm=AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).eval()
+        return build(cfg, Vocabulary(fields['vocab_size']), labels=_labels(cfg), lm=AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).eval()
 
 # %% ../nbs/21c_blueprint.ipynb #42569ada
 def parts_of(model: PetVLM) -> dict[str, nn.Module]:
