@@ -5,7 +5,9 @@
 # %% ../nbs/40_cli.ipynb #5b65a99a
 from __future__ import annotations
 import argparse, json, os, re, subprocess, sys, textwrap, time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 import papermill, yaml
@@ -20,9 +22,10 @@ from .sources import SourceError
 from .suv import DicomError
 from .tasks import HELD
 from .viewer import clean
+from .warm import warm
 
 # %% auto #0
-__all__ = ['ALWAYS', 'PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
+__all__ = ['PASSING', 'NOT_LOCKED', 'COMMANDS', 'set_scale', 'plan_text', 'write_plan', 'lanes', 'release', 'repro',
            'make_data_folder', 'lock_text', 'study', 'seen_text', 'twins', 'check', 'hand_out', 'account', 'send',
            'main']
 
@@ -35,26 +38,15 @@ def set_scale(scale: str, root: Path) -> None:
     text = path.read_text(encoding='utf-8')
     path.write_text(re.sub(r'(?m)^scale: *\w+', f'scale: {scale}', text, count=1), encoding='utf-8')
 
-def _file(thing) -> str: return thing.__module__.replace('.', '/') + '.py'
-
-def _code(cfg) -> tuple[str, str]:
-    "The files that hold what only some points use: the class of the first encoder, and what makes a row."
-    from petvlm.rows import kind_of
-    from petvlm.slots import ENCODERS                     # torch comes with them: only where it is needed
-    return _file(ENCODERS[cfg.encode[cfg.inputs[0]].kind]), _file(kind_of(cfg.data).make)
-
-ALWAYS = ('petvlm/tokens.py', 'petvlm/losses.py', 'petvlm/alignment.py')   # what every node depends on; where a node has fewer than three parents, these fill the template's places
-
 def plan_text(params: dict) -> str:
     "The contents of `nbs/pipeline/plan.yaml`: the data sets, the training graph and the points, as DVC's templates read them. Raises `ConfigError` for a node with more than three parents, or a point with two ends: the templates have no place for them."
     runs, nodes, points, sets = f"runs/{params['scale']}", {}, {}, {}
     for name, node in plan(params).items():
         cfg, after = resolve(node['point'], params=params), [f'{runs}/train/{a}' for a in node['after']]
         if len(after) > 3: raise ConfigError(f"{name} waits for {node['after']}: dvc.yaml has places for three")
-        places = {f'after{i + 1}': (after + list(ALWAYS[len(after):]))[i] for i in range(3)}
-        code, rows = _code(cfg)
-        nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | places | {'code': code}
-        sets.setdefault(cfg.data.name, {'point': node['point'], 'system': cfg.system, 'rows': rows})
+        after += [f'{runs}/needs/train/{name}.json']*(3 - len(after))          # a place without a parent names what is named anyway
+        nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | {f'after{i + 1}': a for i, a in enumerate(after)}
+        sets.setdefault(cfg.data.name, {'point': node['point']})
     for point in params['points']:
         ends = last_nodes(point, params)
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
@@ -84,7 +76,7 @@ def _threads(n: int, root: Path) -> dict[str, str]:
 def _dvc(targets: list[str], env: dict[str, str], root: Path, tries: int = 60) -> int:
     "One `dvc repro` in the environment `env`; tries again where another one holds the repository's lock, or a kernel did not start."
     for _ in range(tries):
-        run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', '--wait-for-lock', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         busy = False
         for line in run.stdout:
             busy |= any(sign in line for sign in PASSING)
@@ -101,6 +93,14 @@ def release(locks: Path) -> None:
     kept = {kind: {path: who for path, who in ((p, [w for w in h if lives(w)] if isinstance(h, list) else h if lives(h) else None) for p, h in entries.items()) if who} for kind, entries in held.items()}
     if kept != held: locks.write_text(json.dumps(kept), encoding='utf-8')
 
+@contextmanager
+def _started(threads: int, root: Path) -> Iterator[dict[str, str]]:
+    "The environment of lanes of `threads` threads. Without a card, and where stages run here, their kernels are forks (`petvlm.warm`): a process that has spoken to a card cannot be forked."
+    import torch
+    env = _threads(threads, root)
+    if torch.cuda.is_available() or options() is not None: yield env; return
+    with warm(env=env) as kernels: yield env | kernels
+
 def repro(jobs: int = 0) -> int:
     "Bring every result in step with data, code and configuration: the data sets, prepared and audited one after the other, then `dvc repro` system by system in `jobs` lanes, then the rest. Returns the exit code."
     root, cores = find_root(), os.cpu_count() or 1
@@ -109,9 +109,9 @@ def repro(jobs: int = 0) -> int:
     for point, spec in params['points'].items():
         systems.setdefault(spec['system'], []).append(f'evaluate@{point}'); sets[f'audit@{resolve(point, params=params).data.name}'] = None      # prepares, then audits: a leak stops here, before anything is trained
     jobs = jobs or (lanes() if options() is None else len(systems) + 1)          # jobs of SLURM wait for each other only where one stands on the other
-    if code := _dvc(list(sets), _threads(cores, root), root): return code            # while one reads `data/`, DVC lets no other run pass it
-    env = _threads(max(1, cores//jobs), root)
-    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, env, root), [*systems.values(), ['believe']]))
+    with _started(cores, root) as env:
+        if code := _dvc(list(sets), env, root): return code                      # while one reads `data/`, DVC lets no other run pass it
+    with _started(max(1, cores//jobs), root) as env, ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(lambda targets: _dvc(targets, env, root), [*systems.values(), ['believe']]))
     code = max(codes) or _dvc([], _threads(cores, root), root)
     write_spent(root, params['scale'])
     return code

@@ -10,7 +10,8 @@ from .config import find_root
 from .files import atomic
 
 # %% auto #0
-__all__ = ['SLURM', 'ClusterError', 'options', 'script', 'submit', 'here', 'spent', 'write_spent', 'stage_of', 'shims', 'main']
+__all__ = ['SLURM', 'SPENT', 'ClusterError', 'options', 'script', 'submit', 'tell_spent', 'here', 'spent', 'write_spent',
+           'stage_of', 'shims', 'main']
 
 # %% ../nbs/39_cluster.ipynb #02cf65c5
 class ClusterError(RuntimeError):
@@ -55,14 +56,26 @@ def submit(command: list[str], name: str, root: Path, with_options: list[str]) -
     if run.returncode: raise ClusterError(f"{name}: job {job} ended with {run.returncode}; the last lines of reports/slurm/{name}-{job}.log:\n{_tail(folder/f'{name}-{job}.log')}")
 
 # %% ../nbs/39_cluster.ipynb #b8b1891b
+SPENT = 'PETVLM_SPENT'
+
+def _used(usage) -> list[float]: return [usage.ru_utime + usage.ru_stime, usage.ru_maxrss//(1024 if sys.platform != 'darwin' else 2**20)]
+
+def tell_spent(path: str, usage) -> None:
+    "Add the CPU seconds and peak memory (MB) of a process's `usage` to the account `path`."
+    with open(path, 'a', encoding='utf-8') as out: out.write(json.dumps(_used(usage)) + '\n')
+
 def here(command: list[str], name: str, root: Path, **about) -> int:
     "Run `command`, write seconds and peak memory (MB, of its largest process) to `reports/spent/<name>.json`, return its exit code."
     import time
-    start, run = time.perf_counter(), subprocess.Popen(command, cwd=root)
-    _, status, used = os.wait4(run.pid, 0)
+    folder = root/'reports'/'spent'; folder.mkdir(parents=True, exist_ok=True)
+    account = folder/f'.{name}-{os.getpid()}'
+    start, run = time.perf_counter(), subprocess.Popen(command, cwd=root, env=os.environ | {SPENT: str(account)})
+    _, status, usage = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)
-    told = about | {'name': name, 'seconds': round(time.perf_counter() - start, 3), 'peak_mb': used.ru_maxrss//(1024 if sys.platform != 'darwin' else 2**20), 'cpu_seconds': round(used.ru_utime + used.ru_stime, 3), 'exit': run.returncode}
-    atomic(root/'reports'/'spent'/f'{name}.json', lambda p: p.write_text(json.dumps(told), encoding='utf-8'))
+    used = [_used(usage)] + ([json.loads(line) for line in account.read_text(encoding='utf-8').splitlines()] if account.exists() else [])
+    account.unlink(missing_ok=True)
+    told = about | {'name': name, 'seconds': round(time.perf_counter() - start, 3), 'peak_mb': max(mb for _, mb in used), 'cpu_seconds': round(sum(s for s, _ in used), 3), 'exit': run.returncode}
+    atomic(folder/f'{name}.json', lambda p: p.write_text(json.dumps(told), encoding='utf-8'))
     return run.returncode
 
 def spent(root: Path, scale: str) -> list[dict]:

@@ -265,6 +265,8 @@ class Paths:
     def data(self) -> Path: return self.root/'data'
     @property
     def runs(self) -> Path: return self.root/'runs'/self.scale
+    @property
+    def needs(self) -> Path: return self.runs/'needs'
     def prepared(self, data: Data) -> Path: return self.runs/'prepared'/data.name
     @property
     def tables(self) -> Path: return self.root/'tables'/self.scale

@@ -7,7 +7,7 @@ from __future__ import annotations
 from .config import OBJECTIVES, Config, Reads, Stage, digest, load_params, resolve
 
 # %% auto #0
-__all__ = ['reads', 'trains', 'waits', 'chain', 'plan', 'path_to', 'last_nodes', 'lineage']
+__all__ = ['reads', 'settings_of', 'trains', 'waits', 'chain', 'plan', 'path_to', 'last_nodes', 'lineage']
 
 # %% ../nbs/00a_graph.ipynb #096f39b3
 def reads(cfg: Config, stage: Stage) -> Reads:
@@ -22,6 +22,10 @@ def _slot(cfg: Config, name: str):
     "The setting `name` of `cfg`, such as `tau` or `encode.pet`."
     head, _, rest = name.partition('.')
     return getattr(cfg, head)[rest] if rest else getattr(cfg, head)
+
+def settings_of(cfg: Config, stage: Stage) -> dict:
+    "The settings that `stage` reads, by name."
+    return {s: _slot(cfg, s) for s in reads(cfg, stage).settings}
 
 def trains(stage: Stage) -> tuple[str, ...]:
     "The parts of the model that `stage` trains: its patterns up to the first wildcard."
@@ -46,8 +50,7 @@ def chain(cfg: Config) -> dict[str, str]:
     "Stage name -> key, in order of training."
     keys, root, on = {}, digest([cfg.seed, cfg.data, cfg.scale]), waits(cfg)
     for name, stage in cfg.stages.items():
-        settings = {s: _slot(cfg, s) for s in reads(cfg, stage).settings}
-        keys[name] = digest([root, [keys[e] for e in on[name]], stage, settings, cfg.lora if stage.lora else None])
+        keys[name] = digest([root, [keys[e] for e in on[name]], stage, settings_of(cfg, stage), cfg.lora if stage.lora else None])
     return keys
 
 # %% ../nbs/00a_graph.ipynb #0be56eea

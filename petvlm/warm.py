@@ -8,6 +8,7 @@ import importlib, json, os, select, signal, socket, subprocess, sys, tempfile, t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from .cluster import SPENT, tell_spent
 
 # %% auto #0
 __all__ = ['IMPORTED', 'SOCKET', 'WarmError', 'serve', 'stand_in', 'warm']
@@ -58,9 +59,10 @@ def _order(conn: socket.socket) -> dict | None:
 
 def _reap(kernels: dict) -> None:
     "Tell the stand-ins of kernels that have ended their exit codes."
-    for conn, pid in list(kernels.items()):
-        found, status = os.waitpid(pid, os.WNOHANG)
+    for conn, (pid, account) in list(kernels.items()):
+        found, status, used = os.wait4(pid, os.WNOHANG)
         if not found: continue
+        if account: tell_spent(account, used)
         try: conn.sendall(f'{os.waitstatus_to_exitcode(status)}\n'.encode())
         except OSError: pass                  # it was killed together with its kernel: nobody wants the code
         conn.close(); del kernels[conn]
@@ -76,11 +78,11 @@ def serve(path: str, modules: Sequence[str] = IMPORTED) -> None:
             for s in select.select([door, *kernels], [], [], .1)[0]:
                 if s is door:
                     conn = door.accept()[0]
-                    if order := _order(conn): kernels[conn] = _fork(order, [door, conn, *kernels]); conn.sendall(f'{kernels[conn]}\n'.encode())
+                    if order := _order(conn): kernels[conn] = _fork(order, [door, conn, *kernels]), order['env'].get(SPENT); conn.sendall(f'{kernels[conn][0]}\n'.encode())
                     else: conn.close()
-                elif not s.recv(1): os.kill(kernels[s], signal.SIGKILL)
+                elif not s.recv(1): os.kill(kernels[s][0], signal.SIGKILL)
             _reap(kernels)
-        for pid in kernels.values(): os.kill(pid, signal.SIGKILL)
+        for pid, _ in kernels.values(): os.kill(pid, signal.SIGKILL)
 
 # %% ../nbs/39a_warm.ipynb #1f4bab97
 def stand_in(arguments: Sequence[str]) -> int:

@@ -93,7 +93,9 @@ def test_nothing_is_done_twice(clone):
 def test_changing_one_ablation_touches_only_its_own_stages(clone):
     path = clone/'params.yaml'; before = path.read_text()
     path.write_text(before.replace('  no_reg:\n    stages:', '  no_reg:\n    tau: 0.07\n    stages:', 1))
-    try: status = json.loads(run(clone, 'dvc', 'status', '--json'))
+    try:
+        run(clone, 'dvc', 'repro', 'configure')
+        status = json.loads(run(clone, 'dvc', 'status', '--json'))
     finally: path.write_text(before)
     touched = {s.split('@')[-1] for s in status if s.startswith(('train', 'evaluate'))}
-    assert touched and all(t.startswith('no_reg') for t in touched)
+    assert touched and all(t.startswith('no_reg') for t in touched) and 'prepare@regions-vi' not in status

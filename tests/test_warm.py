@@ -1,9 +1,9 @@
 "Forked kernels: their own state, their exit, the end of what stands for them, and what happens without a server."
-import os, signal, time
+import json, os, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
-import pytest
+import nbformat, pytest
 from jupyter_client.manager import start_new_kernel
 from petvlm.warm import SOCKET, WarmError, warm
 
@@ -67,3 +67,13 @@ def test_with_the_server_every_kernel_ends_and_without_one_a_kernel_is_a_process
 @pytest.mark.parametrize('modules', [('no_such_module',), ('matplotlib.pyplot',)])
 def test_a_server_that_cannot_start_is_an_error(modules, capfd):
     with pytest.raises(WarmError, match='did not start'), warm(modules): pass
+
+def test_what_a_forked_kernel_used_is_in_the_account_of_its_stage(tmp_path, monkeypatch):
+    from petvlm.cluster import here
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; x = bytearray(300 << 20); e = time.process_time() + 1\nwhile time.process_time() < e: pass")])
+    nbformat.write(nb, tmp_path/'n.ipynb')
+    with warm(('ipykernel.kernelapp', 'matplotlib')) as env:
+        for k, v in env.items(): monkeypatch.setenv(k, v)
+        assert here([sys.executable, '-m', 'papermill', '-k', 'python3', 'n.ipynb', 'out.ipynb'], 'n', tmp_path) == 0
+    told = json.loads((tmp_path/'reports/spent/n.json').read_text())
+    assert told['peak_mb'] > 300 and told['cpu_seconds'] > 1 and [p.name for p in (tmp_path/'reports/spent').iterdir()] == ['n.json']
