@@ -76,7 +76,7 @@ def _threads(n: int, root: Path) -> dict[str, str]:
 def _dvc(targets: list[str], env: dict[str, str], root: Path, tries: int = 60) -> int:
     "One `dvc repro` in the environment `env`; tries again where another one holds the repository's lock, or a kernel did not start."
     for _ in range(tries):
-        run = subprocess.Popen([sys.executable, '-m', 'dvc', 'repro', '--wait-for-lock', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.Popen([sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', *targets], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         busy = False
         for line in run.stdout:
             busy |= any(sign in line for sign in PASSING)

@@ -129,7 +129,7 @@ def training_graph(nodes: Mapping[str, Mapping], system: str, scale: str) -> Pic
         words = stage.split('_'); head = [stage] if len(stage) < 11 else ['_'.join(words[:1]) + '_', '_'.join(words[1:])]
         lines = [*((w, 6.2, 'bold') for w in head), *([(point, 5.6, 'normal')] if node['ablation'] != 'none' else []), (f'{s.steps:,} × {s.batch*s.accumulate}', 5.6, 'normal')]
         boxes[name] = Box(tuple(lines), FULL if node['ablation'] == 'none' else ABLATED)
-    edges = [(Path(node[a]).name, name) for name, node in own.items() for a in ('after1', 'after2', 'after3') if node[a].startswith('runs/')]
+    edges = [(Path(node[a]).name, name) for name, node in own.items() for a in ('after1', 'after2', 'after3') if '/needs/' not in node[a]]
     return chart(boxes, edges, [[('', FULL), system, ('', ABLATED), 'trained anew for an ablation', '(steps × items in a step)']], gap=(11., 4.))
 
 # %% ../nbs/33h_overview.ipynb #37e4bb54
