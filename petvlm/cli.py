@@ -39,20 +39,20 @@ def set_scale(scale: str, root: Path) -> None:
     path.write_text(re.sub(r'(?m)^scale: *\w+', f'scale: {scale}', text, count=1), encoding='utf-8')
 
 def plan_text(params: dict) -> str:
-    "The contents of `nbs/pipeline/plan.yaml`: the data sets, the training graph and the points, as DVC's templates read them. Raises `ConfigError` for a node with more than three parents, or a point with two ends: the templates have no place for them."
+    "The contents of `nbs/pipeline/plan.yaml`: the systems, the data sets, the training graph and the points, as DVC's templates read them. Raises `ConfigError` for a node with more than three parents, or a point with two ends: the templates have no place for them."
     runs, nodes, points, sets = f"runs/{params['scale']}", {}, {}, {}
     for name, node in plan(params).items():
         cfg, after = resolve(node['point'], params=params), [f'{runs}/train/{a}' for a in node['after']]
         if len(after) > 3: raise ConfigError(f"{name} waits for {node['after']}: dvc.yaml has places for three")
-        after += [f'{runs}/needs/train/{name}.json']*(3 - len(after))          # a place without a parent names what is named anyway
+        after += [f"{runs}/needs/{node['system']}/train/{name}.json"]*(3 - len(after))          # a place without a parent names what is named anyway
         nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | {f'after{i + 1}': a for i, a in enumerate(after)}
-        sets.setdefault(cfg.data.name, {'point': node['point']})
+        sets.setdefault(cfg.data.name, {'point': node['point'], 'system': cfg.system})
     for point in params['points']:
         ends = last_nodes(point, params)
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
-        points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': resolve(point, params=params).data.name}
+        cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'system': cfg.system}
     head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
-    return head + yaml.safe_dump({'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
+    return head + yaml.safe_dump({'systems': {p['system']: {} for p in points.values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
 def write_plan(scale: str = '') -> None:
     "Bring `nbs/pipeline/plan.yaml` in step with `params.yaml`."

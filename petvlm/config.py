@@ -265,8 +265,7 @@ class Paths:
     def data(self) -> Path: return self.root/'data'
     @property
     def runs(self) -> Path: return self.root/'runs'/self.scale
-    @property
-    def needs(self) -> Path: return self.runs/'needs'
+    def needs(self, system: str) -> Path: return self.runs/'needs'/system
     def prepared(self, data: Data) -> Path: return self.runs/'prepared'/data.name
     @property
     def tables(self) -> Path: return self.root/'tables'/self.scale

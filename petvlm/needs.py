@@ -52,12 +52,12 @@ def evaluate_needs(point: str, cfg: Config, root: Path) -> dict:
     return {'point': point, 'configuration': cfg, 'code': hashes((*EVALUATED_BY, *models_of(cfg)), root)}
 
 # %% ../nbs/37_needs.ipynb #a1fa56e3
-def write_needs(where: Paths, params: dict | None = None) -> Path:
-    "Write `prepare/<data set>.json`, `train/<node>.json` and `evaluate/<point>.json` into `where.needs`. Raises `ConfigError` for a configuration that cannot be."
+def write_needs(system: str, where: Paths, params: dict | None = None) -> Path:
+    "Write `prepare/<data set>.json`, `train/<node>.json` and `evaluate/<point>.json` of `system` into `where.needs(system)`. Raises `ConfigError` for a configuration that cannot be."
     params = params or load_params(where.root/'params.yaml')
-    nodes, folder = plan(params, where.scale), where.needs
-    cfgs = {p: resolve(p, where.scale, params) for p in params['points']}
-    found = {f'train/{n}': train_needs(n, nodes, cfgs[v['point']], where.root) for n, v in nodes.items()} | {f'evaluate/{p}': evaluate_needs(p, cfg, where.root) for p, cfg in cfgs.items()}
+    nodes, folder = plan(params, where.scale), where.needs(system)
+    cfgs = {p: resolve(p, where.scale, params) for p, spec in params['points'].items() if spec['system'] == system}
+    found = {f'train/{n}': train_needs(n, nodes, cfgs[v['point']], where.root) for n, v in nodes.items() if v['system'] == system} | {f'evaluate/{p}': evaluate_needs(p, cfg, where.root) for p, cfg in cfgs.items()}
     for cfg in cfgs.values(): found.setdefault(f'prepare/{cfg.data.name}', prepare_needs(cfg, params, where.root))
     tmp = folder.with_name(folder.name + '.part')
     shutil.rmtree(tmp, ignore_errors=True)
