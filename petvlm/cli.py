@@ -52,7 +52,7 @@ def plan_text(params: dict) -> str:
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
         cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'system': cfg.system}
     head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
-    return head + yaml.safe_dump({'systems': {p['system']: {} for p in points.values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
+    return head + yaml.safe_dump({'setups': {p['system']: {} for p in points.values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
 def write_plan(scale: str = '') -> None:
     "Bring `nbs/pipeline/plan.yaml` in step with `params.yaml`."

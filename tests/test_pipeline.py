@@ -94,7 +94,7 @@ def test_changing_one_ablation_touches_only_its_own_stages(clone):
     path = clone/'params.yaml'; before = path.read_text()
     path.write_text(before.replace('  no_reg:\n    stages:', '  no_reg:\n    tau: 0.07\n    stages:', 1))
     try:
-        run(clone, 'dvc', 'repro', 'configure')
+        run(clone, 'dvc', 'repro', 'configure@vipet')
         status = json.loads(run(clone, 'dvc', 'status', '--json'))
     finally: path.write_text(before)
     touched = {s.split('@')[-1] for s in status if s.startswith(('train', 'evaluate'))}
