@@ -44,15 +44,17 @@ def plan_text(params: dict) -> str:
     for name, node in plan(params).items():
         cfg, after = resolve(node['point'], params=params), [f'{runs}/train/{a}' for a in node['after']]
         if len(after) > 3: raise ConfigError(f"{name} waits for {node['after']}: dvc.yaml has places for three")
-        after += [f"{runs}/needs/{node['system']}/train/{name}.json"]*(3 - len(after))          # a place without a parent names what is named anyway
-        nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | {f'after{i + 1}': a for i, a in enumerate(after)}
-        sets.setdefault(cfg.data.name, {'point': node['point'], 'system': cfg.system})
+        needs = f'{runs}/needs/{cfg.system}'
+        own = f'{needs}/train/{name}.json'
+        after += [own]*(3 - len(after))          # a place without a parent names what is named anyway
+        nodes[name] = {k: node[k] for k in ('system', 'ablation', 'data')} | {'needs': own} | {f'after{i + 1}': a for i, a in enumerate(after)}
+        sets.setdefault(cfg.data.name, {'point': node['point'], 'needs': f'{needs}/prepare/{cfg.data.name}.json'})
     for point in params['points']:
         ends = last_nodes(point, params)
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
-        cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'system': cfg.system}
+        cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'needs': f'{runs}/needs/{cfg.system}/evaluate/{point}.json'}
     head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
-    return head + yaml.safe_dump({'setups': {p['system']: {} for p in points.values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
+    return head + yaml.safe_dump({'setups': {resolve(p, params=params).system: {} for p in points}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
 def write_plan(scale: str = '') -> None:
     "Bring `nbs/pipeline/plan.yaml` in step with `params.yaml`."

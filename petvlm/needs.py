@@ -23,14 +23,15 @@ RUN_BY = ('m3dvqa', 'datasets', 'tokens', 'codebook', 'stem', 'slots', 'language
 TRAINED_BY = (*RUN_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
 EVALUATED_BY = (*RUN_BY, 'reports', 'lesiontext', 'generate', 'embed', 'words', 'metrics', 'metric_bleu', 'metric_rouge', 'metric_bertscore', 'metric_meteor', 'metric_cider', 'retrieval', 'pairs', 'facts', 'lesionfacts', 'weights', 'evaluate')
 IN_NAME_ONLY = {'linear': 'projectors', 'mlp': 'projectors', 'norm_linear': 'projectors', 'relu_linear': 'projectors', 'streams': 'projectors', 'dual_mlp': 'mixers', 'mixer': 'mixers', 'perceiver': 'perceiver'}   # projectors are made by functions of `slots`
-STANDS_ON = {'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('fusion',)}   # what a model's module imports of other models' modules; a test reads the imports
+STANDS_ON = {'vit2d': ('encoders',), 'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('encoders', 'fusion')}   # what a model's module imports of other models' modules; a test reads the imports
 
 # %% ../nbs/37_needs.ipynb #709c9687
 def models_of(cfg: Config) -> tuple[str, ...]:
     "The modules that hold the encoders, fusion, pool and projector of `cfg`, and what those stand on."
     parts = [('encode', cfg.encode[i]) for i in cfg.inputs] + [(s, getattr(cfg, s)) for s in ('fuse', 'pool', 'project')]
     own = [IN_NAME_ONLY[p.kind] if slot == 'project' else SLOTS[slot][p.kind].__module__.rpartition('.')[2] for slot, p in parts]
-    return tuple(dict.fromkeys(m for name in own for m in (name, *STANDS_ON.get(name, ()))))
+    for name in own: own += [m for m in STANDS_ON.get(name, ()) if m not in own]       # the list grows while it is walked
+    return tuple(dict.fromkeys(own))
 
 def hashes(modules: Iterable[str], root: Path) -> dict[str, str]:
     "Module -> sha256 of its file under `root`."
