@@ -4,18 +4,20 @@
 
 # %% ../nbs/09_datasets.ipynb #dc1754e7
 from __future__ import annotations
-import json, os
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
 from .findings import LESIONS, ORGANS, REGIONS, Finding
 from .m3dvqa import PHASES, PLANES
 from .prepare import standardise, usual_of
+from .tasks import cores as usable
 
 # %% auto #0
 __all__ = ['LABELS', 'INDEX', 'VIEWS', 'NO_PLACE', 'SIZE_SCALE', 'FACETS', 'FEEDERS', 'label_of', 'visible', 'DatasetError',
-           'Rows', 'placed', 'about', 'lattice_truth', 'truths', 'Items', 'feeders']
+           'Rows', 'placed', 'about', 'lattice_truth', 'truths', 'Items', 'stacked', 'feeders']
 
 # %% ../nbs/09_datasets.ipynb #52b4fdcb
 def _labels() -> tuple:
@@ -160,9 +162,12 @@ class Items(Dataset):
         return [(t['question'], t['answer']) for t in turns]
 
 # %% ../nbs/09_datasets.ipynb #c875eddc
+def stacked(make: Callable[[int], np.ndarray], which: Sequence[int]) -> np.ndarray:
+    "`make(i)` of every `i` of `which`, `(n, ...)`, made by as many threads as there are cores: numpy lets go of Python's lock. A row of 128 x 256 x 256 takes 65 ms an input."
+    with ThreadPoolExecutor(max(1, min(usable(), len(which)))) as pool: return np.stack(list(pool.map(make, which)))
+
 FEEDERS = 12     # per card: twice as many batches lie ready in shared memory
 
 def feeders(cards: int, cores: int | None = None) -> int:
     "Worker processes that make batches for one of this machine's `cards`: the `cores` (by default those that this process may use) shared among the cards, less one for the training, at most `FEEDERS`. None without a card: there they would take a core from the training."
-    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    return min(FEEDERS, max(1, cores//cards - 1)) if cards else 0
+    return min(FEEDERS, max(1, (cores or usable())//cards - 1)) if cards else 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from .config import Config, Paths, digest, resolve
 from .graph import chain, last_nodes, lineage, plan
 from .datasets import Rows, about
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
-           'number_accuracy', 'revision', 'provenance', 'trained', 'pairs_of', 'evaluate_point', 'summary',
+           'number_accuracy', 'revision', 'provenance', 'card', 'trained', 'pairs_of', 'evaluate_point', 'summary',
            'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
@@ -119,11 +119,15 @@ def provenance(cfg: Config, where: Paths, node: str) -> dict:
             'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}, 'weights': weight_hashes(cfg, where)}
 
 # %% ../nbs/35_evaluate.ipynb #1943c88e
+def card() -> str:
+    "Where a trained model answers: on the card, where there is one."
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
 def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
-    "The trained model of a point, its processor and the node that finished it. Raises `petvlm.train.TrainError` if it was not trained."
+    "The trained model of a point on the `card`, its processor and the node that finished it. Raises `petvlm.train.TrainError` if it was not trained."
     nodes = plan(scale=where.scale)
     model, processor = load_point(cfg, where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage(cfg.point, scale=where.scale)])
-    return model.eval(), processor, '+'.join(last_nodes(cfg.point, scale=where.scale))
+    return model.eval().to(card()), processor, '+'.join(last_nodes(cfg.point, scale=where.scale))
 
 def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
     "The result of one arm and its predictions."
@@ -193,12 +197,11 @@ def summary(results: list[dict]) -> pd.DataFrame:
 def draft_report(study: Study, point: str, where: Paths) -> dict[str, str]:
     "Region -> the trained model's draft report of `study` (volumes 'pet' in SUVbw and 'ct' in HU); `{}` when `point` was not trained at this scale."
     if not all(where.node(n).exists() for n in last_nodes(point, scale=where.scale)): return {}
-    import torch
     cfg = resolve(point, where.scale)
     model, processor, _ = trained(cfg, where)
     names, grids = zip(*((n, scaled(v, cfg.data)) for n, v in to_grid(study, cfg.data).items()))
     with np.load(where.prepared(cfg.data)/'standard.npz') as z: usual = dict(z)
-    images = {i: torch.from_numpy(np.stack([standardise(g[i], i, usual[f'{i}.{n}'], cfg.data.suv_max) for n, g in zip(names, grids)]))[:, None] for i in cfg.inputs}
-    prompts = processor.prompts([report_request(np.random.default_rng(0), cfg.data.language)]*len(names))
+    images = {i: torch.from_numpy(np.stack([standardise(g[i], i, usual[f'{i}.{n}'], cfg.data.suv_max) for n, g in zip(names, grids)]))[:, None].to(model.device) for i in cfg.inputs}
+    prompts = {k: v.to(model.device) for k, v in processor.prompts([report_request(np.random.default_rng(0), cfg.data.language)]*len(names)).items()}
     ids = model.generate(**prompts, images=images, max_new_tokens=cfg.evaluation.max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
     return dict(zip(names, processor.decode(ids)))

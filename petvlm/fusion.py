@@ -4,6 +4,7 @@
 
 # %% ../nbs/12_fusion.ipynb #e84cc726
 from __future__ import annotations
+import functools
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
@@ -42,6 +43,11 @@ def distances(a: tuple[int, int, int], b: tuple[int, int, int]) -> Tensor:
     centres = lambda g: torch.cartesian_prod(*(((torch.arange(n) + .5)*(m/n)) for n, m in zip(g, a)))
     return torch.cdist(centres(a), centres(b))**2
 
+@functools.lru_cache(maxsize=4)
+def _apart(a: tuple[int, int, int], b: tuple[int, int, int], device: torch.device) -> Tensor:
+    "`distances`, kept on the device: 4,096 tokens have 67 MB of them."
+    return distances(a, b).to(device)
+
 # %% ../nbs/12_fusion.ipynb #2ecd86ad
 @patch
 def _checked(self: CrossAttentionFusion, query: Tokens, context: Tokens) -> None:
@@ -55,7 +61,7 @@ def attend(self: CrossAttentionFusion, query: Tokens, context: Tokens) -> Tensor
     place, split = (0 if self.place is None else self.place), lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, H, N, dim/H)
     q, k, v = split(self.to_q(query.x + place)), split(self.to_k(context.x + place)), split(self.to_v(context.x))           # (5)
     bias = None
-    if self.log_slope is not None: bias = (-self.log_slope.exp().view(-1, 1, 1)*distances(query.grid, context.grid).to(q.device)).to(q.dtype)[None]
+    if self.log_slope is not None: bias = (-self.log_slope.exp().view(-1, 1, 1)*_apart(query.grid, context.grid, q.device)).to(q.dtype)[None]
     return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))                  # (6)
 
 @patch

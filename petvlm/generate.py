@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np, torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .datasets import Rows
+from .datasets import Rows, stacked
 from .processor import PetVLMProcessor
 from .tokens import Tokens
 from .vlm import PetVLM
@@ -92,7 +92,7 @@ def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tup
     for start in tqdm(range(0, len(order), batch), desc=arm, unit='batch', disable=not progress):
         part = order[start:start + batch]
         shown, which = np.unique([asked[k][0] for k in part], return_inverse=True)
-        images = {n: torch.from_numpy(np.stack([ARMS[arm](rows, other, i, n, seed) for i in shown]))[:, None].to(model.device) for n in model.reads}
+        images = {n: torch.from_numpy(stacked(lambda i: ARMS[arm](rows, other, i, n, seed), shown))[:, None].to(model.device) for n in model.reads}
         prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
         ids = answers(model, **prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
                       pad_token_id=processor.tokenizer.pad_token_id)

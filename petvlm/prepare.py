@@ -6,6 +6,7 @@
 from __future__ import annotations
 import csv, json, logging, os, shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from .findings import REGIONS, Finding, FindingError, Study
 from .reports import parse, report_request
 from .sources import SourceError
 from .suv import DicomError
-from .tasks import Result, alone, read_rows, run_tasks
+from .tasks import Result, alone, cores, read_rows, run_tasks
 from .vqa import YES_NO, split, vqa_multi, vqa_single
 from .volume import Volume, VolumeError, body_mask, cut, lung_extent, region_bounds, resample
 from .wording import ReportError
@@ -112,17 +113,21 @@ def usual_of(record: dict) -> str:
     return record.get('usual', record['region'])
 
 def standards(folder: Path, names: Sequence[str], suv_max: float = 10., room: int = 2**28) -> dict[str, np.ndarray]:
-    "`{input}.{usual}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`; rows are compared with those of the same `usual` (the record's region, where it does not say). Deviations below half their median are raised to it, so that air is not a microscope. Voxels are independent of each other, so a slab of all rows at a time is read, of `room` bytes."
+    "`{input}.{usual}`: `(2, D, H, W)` mean and deviation over the training rows of a prepared folder, of the inputs `names`; rows are compared with those of the same `usual` (the record's region, where it does not say). Deviations below half their median are raised to it, so that air is not a microscope. Voxels are independent of each other, so slabs of all rows are read, of `room` bytes each, as many at a time as there are cores."
     with open(folder/'rows.jsonl', encoding='utf-8') as f: rows = [(r['row'], usual_of(r)) for r in map(json.loads, f) if r['split'] == 'train']
+    def usual(array: np.ndarray, name: str, which: list[int], start: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        x = feature(array[which, start:start + step], name, suv_max)
+        return x.mean(0), x.std(0)
     out = {}
-    for name in names:
-        array = np.load(folder/f'{name}.npy', mmap_mode='r')
-        for region in sorted({r for _, r in rows}):
-            which = [i for i, r in rows if r == region]
-            step = max(1, room//(4*len(which)*int(np.prod(array.shape[2:]))))
-            slabs = (feature(array[which, d:d + step], name, suv_max) for d in range(0, array.shape[1], step))
-            mean, sd = map(np.concatenate, zip(*((x.mean(0), x.std(0)) for x in slabs)))
-            out[f'{name}.{region}'] = np.stack([mean, np.maximum(sd, max(np.median(sd)/2, 1e-3))])
+    with ThreadPoolExecutor(cores()) as pool:
+        for name in names:
+            array = np.load(folder/f'{name}.npy', mmap_mode='r')
+            for region in sorted({r for _, r in rows}):
+                which = [i for i, r in rows if r == region]
+                step = max(1, room//(4*len(which)*int(np.prod(array.shape[2:]))))
+                slabs = pool.map(lambda start: usual(array, name, which, start, step), range(0, array.shape[1], step))
+                mean, sd = map(np.concatenate, zip(*slabs))
+                out[f'{name}.{region}'] = np.stack([mean, np.maximum(sd, max(np.median(sd)/2, 1e-3))])
     return out
 
 SLAB = 2**16       # voxels worked on at a time: they, and what they are compared with, stay in a core's cache

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import math
 import numpy as np, torch
 from .config import Stage
-from .datasets import about, LABELS, VIEWS, Rows, truths
+from .datasets import about, LABELS, VIEWS, Rows, stacked, truths
 from .findings import Finding
 from .processor import PetVLMProcessor
 from .vlm import PetVLM
@@ -32,7 +32,7 @@ def _truth(model: PetVLM, rows: Rows, i: int, lattices) -> np.ndarray:
 
 def images_of(model: PetVLM, rows: Rows, which) -> dict[str, torch.Tensor]:
     "The images that the model reads of the rows `which`, `(B, 1, D, H, W)` each."
-    return {k: torch.from_numpy(np.stack([rows.image(i, k) for i in which])[:, None]).to(model.device) for k in model.reads}
+    return {k: torch.from_numpy(stacked(lambda i: rows.image(i, k), which)[:, None]).to(model.device) for k in model.reads}
 
 @torch.no_grad()
 def heads(model: PetVLM, rows: Rows, view: str, threshold: float = .3, batch: int = 32) -> dict[str, float]:

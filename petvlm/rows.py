@@ -18,6 +18,7 @@ from .radiographs import radiograph_rows
 from .reports import parse as parse_report
 from .reports import report_request, write_report
 from .scans import scan_rows
+from .tasks import cores
 from .wording import pick
 
 # %% auto #0
@@ -54,10 +55,10 @@ def kind_of(data: Data) -> RowKind:
     if data.kind not in KINDS: raise RowError(f"data.kind: found {data.kind!r}, expected one of {sorted(KINDS)}")
     return KINDS[data.kind]
 
-def prepare_rows(items, folder, data: Data, workers: int = 2) -> Path:
-    "`petvlm.prepare.prepare` with the rows that `data` asks for."
+def prepare_rows(items, folder, data: Data, workers: int | None = None) -> Path:
+    "`petvlm.prepare.prepare` with the rows that `data` asks for, by one process for each core that this one may use, unless `workers` says otherwise."
     kind = kind_of(data)
-    return prepare(items, folder, data, kind.make, kind.standard, workers)
+    return prepare(items, folder, data, kind.make, kind.standard, workers or cores())
 
 def ask(data: Data) -> Callable[[np.random.Generator, dict], str]:
     "What asks for a row's text: a function of a random generator and the row's record."

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'LIBRARIES', 'ADDRESS', 'HELD', 'LOCAL', 'TaskError', 'revision', 'identity', 'watched', 'Result', 'read_rows',
-           'finished', 'heard', 'say', 'do', 'cluster', 'alone', 'run_tasks']
+           'finished', 'heard', 'say', 'do', 'cores', 'cluster', 'alone', 'run_tasks']
 
 # %% ../nbs/07c_tasks.ipynb #56efb6f2
 class TaskError(RuntimeError):
@@ -163,6 +163,11 @@ def do(work: Callable, args: tuple, file: str, code: dict[str, str]) -> Result:
 
 # %% ../nbs/07c_tasks.ipynb #7ad7ca9a
 ADDRESS = 'PETVLM_DASK'
+
+def cores() -> int:
+    "How many processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 # For processes that compute: glibc gives freed memory back to the system and fetches it again, 46,000 page faults for a phantom's study. Measured on a virtual machine: a third of a worker's time in `prepare`, a quarter of a step of `instruct`
 HELD = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**32), 'MALLOC_TOP_PAD_': str(2**26), 'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 LOCAL = {'distributed.scheduler.worker-saturation': 1.0, 'distributed.worker.profile.enabled': False, **{f'distributed.nanny.pre-spawn-environ.{k}': v for k, v in HELD.items()}}

@@ -4,12 +4,13 @@
 
 # %% ../nbs/10_tokens.ipynb #983a4f18
 from __future__ import annotations
+from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Tokens']
+__all__ = ['Tokens', 'joined']
 
 # %% ../nbs/10_tokens.ipynb #654066fc
 @dataclass(frozen=True)
@@ -44,3 +45,8 @@ class Tokens:
     def from_lattice(cls, v: Tensor) -> Tokens:
         "Tokens from a channels-first volume `(B, C, d, h, w)`."
         return cls(v.flatten(2).transpose(1, 2), tuple(v.shape[2:]))
+
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    "The tokens of one batch from those of its pieces, finer lattices included."
+    first = parts[0]
+    return Tokens(torch.cat([p.x for p in parts]), first.grid, joined([p.fine for p in parts]) if first.fine else None)

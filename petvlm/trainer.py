@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from .config import Stage
+from .datasets import feeders
 from .ranks import averaged, mean_tokens, share, world
 from .vlm import PetVLM
 
@@ -84,10 +85,10 @@ class ShardedOnCPU(StageTrainer):
 
 # %% ../nbs/19a_trainer.ipynb #71380c48
 def arguments(stage: Stage, work: Path, seed: int, save_steps: int = 100, sharding: dict | None = None, deepspeed: str = '') -> TrainingArguments:
-    "`TrainingArguments` of one stage for this rank, which takes its `petvlm.ranks.share` of a step; bf16 where there is a GPU. There, items are made beside the training, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
+    "`TrainingArguments` of one stage for this rank, which takes its `petvlm.ranks.share` of a step; bf16 where there is a GPU. There, items are made beside the training by `petvlm.datasets.feeders` processes, where processes fork (a spawned one would have to pickle them); without one they would take a core from it."
     cuda, own = torch.cuda.is_available(), share(stage.batch, stage.accumulate, world())
     spread = ({'fsdp': True, 'fsdp_config': dict(sharding)} if sharding else {}) | ({'deepspeed': deepspeed} if deepspeed else {})
     return TrainingArguments(str(work), max_steps=stage.steps, per_device_train_batch_size=own.batch, gradient_accumulation_steps=own.accumulate, learning_rate=stage.lr, weight_decay=stage.weight_decay,
         lr_scheduler_type=stage.decay, warmup_steps=round(stage.warmup*stage.steps), bf16=cuda, use_cpu=not cuda, seed=seed, data_seed=seed,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=int(cuda and get_start_method() == 'fork'),
+        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, stage.steps//20), dataloader_num_workers=feeders(torch.cuda.device_count()) if cuda and get_start_method() == 'fork' else 0,
         report_to=[], remove_unused_columns=False, max_grad_norm=1., disable_tqdm=False, ddp_timeout=7200, **spread)          # the first rank probes while the others wait

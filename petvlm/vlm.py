@@ -21,10 +21,10 @@ from .ranks import counted, holders
 from .r2gen import R2GenConfig                # makes the type 'r2gen' known to transformers
 from .siglip import siglip_loss
 from .slots import build, lattices, reads, streams
-from .tokens import Tokens
+from .tokens import Tokens, joined
 
 # %% auto #0
-__all__ = ['LOSSES', 'VLMError', 'PetVLMConfig', 'PetVLM', 'apart']
+__all__ = ['READ', 'LOSSES', 'VLMError', 'PetVLMConfig', 'PetVLM', 'apart']
 
 # %% ../nbs/17_vlm.ipynb #53774db4
 class VLMError(ValueError):
@@ -131,7 +131,7 @@ def train(self: PetVLM, mode: bool = True) -> PetVLM:
 @patch
 def encoded(self: PetVLM, images: dict[str, Tensor]) -> dict[str, Tokens]:
     "Each input's tokens, equation 1: `v_PET = f(x_PET)`, `v_CT = f(x_CT)`."
-    return {i: self.encode[i](*self._wanted(images, i)) for i in self.config.inputs}
+    return {i: self._read(images, i) for i in self.config.inputs}
 
 @patch(as_prop=True)
 def reads(self: PetVLM) -> tuple[str, ...]:
@@ -145,6 +145,16 @@ def _wanted(self: PetVLM, images: dict[str, Tensor], name: str) -> list[Tensor]:
     if missing: raise VLMError(f"the encoder {name!r} reads {wanted}, the batch lacks {missing}")
     return [images[k] for k in wanted]
 
+READ = 2**26      # voxels of one image that an encoder reads at a time where nothing is learnt: eight of 128 x 256 x 256, whose first layer makes 4 GB
+
+@patch
+def _read(self: PetVLM, images: dict[str, Tensor], name: str) -> Tokens:
+    "The tokens of one input; without gradients a large batch is read piece by piece."
+    given = self._wanted(images, name)
+    n, most = len(given[0]), max(1, READ//given[0][0].numel())
+    if torch.is_grad_enabled() or n <= most: return self.encode[name](*given)
+    return joined([self.encode[name](*(x[i:i + most] for x in given)) for i in range(0, n, most)])
+
 @patch
 def fused(self: PetVLM, images: dict[str, Tensor]) -> Tokens:
     "The fused tokens `Z_cross` (B, N, C) of a batch of images, equations 5-8."
@@ -153,7 +163,7 @@ def fused(self: PetVLM, images: dict[str, Tensor]) -> Tokens:
 @patch
 def view(self: PetVLM, name: str, images: dict[str, Tensor]) -> Tokens:
     "The tokens of a view: of one input's encoder, or fused ('full')."
-    return self.fused(images) if name == 'full' else self.encode[name](*self._wanted(images, name))
+    return self.fused(images) if name == 'full' else self._read(images, name)
 
 @patch
 def image_tokens(self: PetVLM, images: dict[str, Tensor], truth: Tensor | None = None) -> Tokens:
