@@ -32,7 +32,7 @@ def options(doc, file, argv=None, quick=None, add=None):
     if add: add(p)
     if p.parse_known_args(argv)[0].quick: p.set_defaults(**(quick or {}))
     a = p.parse_args(argv)
-    if a.out is None and not a.quick: a.out = Path(file).with_suffix('.json')
+    if a.out is None and not a.quick: a.out = Path(file).with_suffix('.cuda.json' if getattr(a, 'device', 'cpu') == 'cuda' else '.json')
     return a
 
 
@@ -58,7 +58,8 @@ def machine(device='cpu'):
            'system': f'{platform.system()} {platform.release()}', 'python': platform.python_version(), 'torch': _version('torch'), 'transformers': _version('transformers'), 'revision': git.stdout.strip() or None}
     if device == 'cuda':
         import torch
-        out['gpu'] = torch.cuda.get_device_name()
+        free, total = torch.cuda.mem_get_info()
+        out |= {'gpu': torch.cuda.get_device_name(), 'gpu_gb': round(total/1e9, 1), 'cuda': torch.version.cuda, 'triton': _version('triton')}
     return out
 
 
