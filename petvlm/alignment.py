@@ -215,8 +215,10 @@ BESIDE = ('cuda',)     # devices whose masses come from beside the kernel
 
 def _beside(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0., position_bias=None, softcap=None, **kw):
     "The kernel in `petvlm.imagemass.KERNELS` beside which masses are found; None where attention is not plain, a mask stands in the way, or types differ."
-    plain = query.device.type in BESIDE and mask is None and not dropout and position_bias is None and softcap is None and query.dtype == key.dtype == value.dtype != torch.float16 and query.shape == value.shape[:1] + query.shape[1:3] + value.shape[-1:]
-    return kernel_for(query, mask, causal, scale) if plain else None
+    on = query.device.type
+    types = {torch.get_autocast_dtype(on)} if torch.is_autocast_enabled(on) else {x.dtype for x in (query, key, value)}
+    plain = on in BESIDE and mask is None and not dropout and position_bias is None and softcap is None and len(types) == 1 and torch.float16 not in types and query.shape == value.shape[:1] + query.shape[1:3] + value.shape[-1:]
+    return kernel_for(query.to(*types), mask, causal, scale) if plain else None
 
 # %% ../nbs/16_alignment.ipynb #c947a936
 def petvlm_mass(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None, attention_mass: AttentionMass | None = None, **kw):

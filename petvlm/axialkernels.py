@@ -78,7 +78,7 @@ if triton is not None:
     @triton.jit
     def _taps(X, G, P, base, o, ok, at, n, step, c, axis, C, part, K: tl.constexpr):
         g = tl.load(G + base + o, mask=ok, other=0.).to(tl.float32)
-        for j in tl.static_range(K):
+        for j in range(K):
             i = at + (j - K//2)
             tl.store(P + ((part*3 + axis)*C + c)*K + j, tl.sum(g*tl.load(X + base + o + (j - K//2)*step, mask=ok & (i >= 0) & (i < n), other=0.).to(tl.float32)))
 
@@ -138,13 +138,14 @@ class _Sum(torch.autograd.Function):
 
 class _Normed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, gamma, beta, eps):
+    def forward(ctx, x, w, bias, gamma, beta, eps):
         x = x.contiguous(); w32 = w.float().contiguous()
         mean, var = _moments(x, w32)
         back = (var + eps).rsqrt(); by = gamma.float()*back
-        ctx.save_for_backward(x, w32, mean, back, by); ctx.dtypes = w.dtype, gamma.dtype, beta.dtype
-        ctx.mark_non_differentiable(mean, var)
-        return _sums((x, x, x), w32*by[..., None], (beta.float() - by*mean).sum(0), x), mean, var
+        ctx.save_for_backward(x, w32, mean, back, by); ctx.dtypes = w.dtype, bias.dtype, gamma.dtype, beta.dtype
+        seen = mean + bias.float()
+        ctx.mark_non_differentiable(seen, var)
+        return _sums((x, x, x), w32*by[..., None], (beta.float() - by*mean).sum(0), x), seen, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -161,13 +162,13 @@ class _Normed(torch.autograd.Function):
         _back[grid](x, dy, w, plan, *ds, c, *size, K=w.shape[2], BLOCK=block)
         dx = _sums(ds, w.flip(2), w.new_zeros(c), x) if ctx.needs_input_grad[0] else None
         kinds = ctx.dtypes
-        return dx, _weight_grads(x, ds, w).to(kinds[0]), d_gamma.to(kinds[1]), g.expand(3, -1).to(kinds[2]), None
+        return dx, _weight_grads(x, ds, w).to(kinds[0]), torch.zeros(3, c, dtype=kinds[1], device=x.device), d_gamma.to(kinds[2]), g.expand(3, -1).to(kinds[3]), None   # no bias moves what is normalised
 
 # %% ../nbs/10c_axialkernels.ipynb #12c9d151
 def axial_sum(x: Tensor, weights, bias: Tensor) -> Tensor:
     """The sum of three depthwise convolutions of `x` (B, C, D, H, W), along d, h and w, and `bias` (C,), in one pass. `weights`: three of C*k entries each, k odd, any shape; sums in float32, `y` in the type of `x`."""
     return _Sum.apply(x, torch.stack([w.reshape(x.shape[1], -1) for w in weights]), bias)
 
-def axial_norm(x: Tensor, weights, gammas, betas, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of three depthwise convolutions (as `axial_sum`, without bias), each normalised by its own mean and variance over batch and lattice: `y`, and means and biased variances (3, C), without gradients."""
-    return _Normed.apply(x, torch.stack([w.reshape(x.shape[1], -1) for w in weights]), torch.stack(list(gammas)), torch.stack(list(betas)), eps)
+def axial_norm(x: Tensor, weights, biases, gammas, betas, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of three depthwise convolutions (as `axial_sum`, each with its bias, which only the mean sees), each normalised by its own mean and variance over batch and lattice: `y`, and means and biased variances (3, C), without gradients."""
+    return _Normed.apply(x, torch.stack([w.reshape(x.shape[1], -1) for w in weights]), torch.stack(list(biases)), torch.stack(list(gammas)), torch.stack(list(betas)), eps)

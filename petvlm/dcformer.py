@@ -65,6 +65,7 @@ class AxialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norms, fused = [norm for _, norm in self.axes], self.fused(x)
+        if fused and torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))     # as a convolution would
         if any(norm.training for norm in norms):
             if fused and all(norm.training and type(norm) is nn.BatchNorm3d for norm in norms): return self._normed(x)
             return sum(norm(along_axis(x, conv.weight, conv.bias, axis, self.stride, self.groups)) for axis, (conv, norm) in enumerate(self.axes))
@@ -79,14 +80,14 @@ class AxialConv(nn.Module):
     def _normed(self, x: Tensor) -> Tensor:
         "In training mode by `axial_norm`; running statistics as `nn.BatchNorm3d` keeps them."
         convs, norms = zip(*self.axes)
-        y, means, variances = axial_norm(x, [c.weight for c in convs], [n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
+        y, means, variances = axial_norm(x, [c.weight for c in convs], [c.bias for c in convs], [n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
         count = x.numel()//x.shape[1]
         with torch.no_grad():
-            for conv, norm, mean, var in zip(convs, norms, means, variances):
+            for norm, mean, var in zip(norms, means, variances):
                 if norm.running_mean is None: continue
                 if norm.num_batches_tracked is not None: norm.num_batches_tracked += 1
                 by = norm.momentum if norm.momentum is not None else 1/float(norm.num_batches_tracked)
-                norm.running_mean.lerp_((mean + conv.bias).to(norm.running_mean), by); norm.running_var.lerp_((var*(count/max(count - 1, 1))).to(norm.running_var), by)
+                norm.running_mean.lerp_(mean.to(norm.running_mean), by); norm.running_var.lerp_((var*(count/max(count - 1, 1))).to(norm.running_var), by)
         return y
 
 # %% ../nbs/11a_dcformer.ipynb #a3c08f63

@@ -245,4 +245,6 @@ class _WithMass(torch.autograd.Function):
 
 def with_mass(query: Tensor, key: Tensor, value: Tensor, strip: Strip, bias: Tensor | None, causal: bool, scale: float, kernel) -> tuple[Tensor, Tensor]:
     """Attention (B, H, S, d) of queries (B, H, S, d), keys and values (B, H_kv, S, d), and masses (B, C): of every channel, averaged over heads and, by their weights, over the asked queries. `bias` is added to the logits, (B or 1, H or 1, S, S) or None; `kernel` from `kernel_for`."""
-    return _WithMass.apply(query, key, value, *strip, bias, causal, scale, kernel)
+    on = query.device.type
+    if torch.is_autocast_enabled(on): query, key, value = (x.to(torch.get_autocast_dtype(on)) for x in (query, key, value))       # as SDPA would
+    with torch.autocast(on, enabled=False): return _WithMass.apply(query, key, value, *strip, bias, causal, scale, kernel)
