@@ -69,7 +69,7 @@ def build(s):
     heads = s.width//s.head
     config = AutoConfig.for_model('mistral', vocab_size=512, hidden_size=s.width, intermediate_size=2*s.width, num_hidden_layers=s.layers, num_attention_heads=heads,
                                   num_key_value_heads=heads//s.group, max_position_embeddings=s.length, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype)).to(s.device).train()
+    with torch.device(s.device): model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype)).train()
     return model, batch(s, s.length)
 
 
@@ -137,7 +137,7 @@ def times(s, ways):
     for way in ways: prepared(way, model); step(way, model, short)                # every kernel once
     before = lambda way: prepared(way, model)
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
+    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048 or s.device == 'cuda'), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
     found = {'seconds': seconds, 'agree': agreed, 'kernel': kernels(s)}
     if s.device == 'cuda':                                                        # the allocator's peak can be set back: no process of its own
         found['peaks'] = {}

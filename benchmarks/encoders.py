@@ -156,7 +156,7 @@ def times(s):
     if s.device == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     runs = {w: work(s, w, m, x) for w in s.ways}
     exact, apart = [t.clone() for t in runs[s.ways[0]]()], {}
-    for w in s.ways[1:]: found = runs[w](); apart[w] = difference(found, exact); assert difference(found[:1], exact[:1]) < (1e-3 if s.dtype == 'float32' else .1), f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
+    for w in s.ways[1:]: found = runs[w](); apart[w] = difference(found, exact); assert difference(found[:1], exact[:1]) < (1e-3 if s.dtype == 'float32' else .3), f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
     return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart} | ({'peaks': {w: peak_of(runs[w]) for w in s.ways}} if sync else {})      # each has run once
 

@@ -14,7 +14,7 @@ A benchmark is a file of functions that take and return what JSON can hold:
 
 Only the standard library is imported here.
 """
-import argparse, ctypes, importlib.util, json, os, platform, statistics, subprocess, sys, threading, time, traceback
+import argparse, ctypes, importlib.util, json, os, platform, shutil, statistics, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -50,12 +50,13 @@ def _version(package):
 
 def machine(device='cpu'):
     "What the numbers were measured on. `device` 'cuda' adds the GPU's name (and imports torch)."
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = ['git', 'describe', '--always', '--dirty']
+    revision = os.environ.get('PETVLM_REVISION') or (subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which('git') else '')     # a copy without .git is told
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = _said('/proc/meminfo', 'MemTotal')
     out = {'cpu': _said('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), 'machine': platform.machine(), 'cores': os.cpu_count(), 'cores_used': cores,
            'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS'), 'memory_gb': round(int(memory.split()[0])/1e6, 1) if memory else None, 'load': round(os.getloadavg()[0], 2),
-           'system': f'{platform.system()} {platform.release()}', 'python': platform.python_version(), 'torch': _version('torch'), 'transformers': _version('transformers'), 'revision': git.stdout.strip() or None}
+           'system': f'{platform.system()} {platform.release()}', 'python': platform.python_version(), 'torch': _version('torch'), 'transformers': _version('transformers'), 'revision': revision or None}
     if device == 'cuda':
         import torch
         free, total = torch.cuda.mem_get_info()

@@ -75,7 +75,7 @@ class AxialConv(nn.Module):
 
     def fused(self, x: Tensor) -> bool:
         "Whether the three go through `petvlm.axialkernels`: depthwise, without a stride, where those kernels run."
-        return KERNELS and self.groups == x.shape[1] == self.axes[0][0].out_channels and self.stride == 1 and usable(x)
+        return KERNELS and self.groups == x.shape[1] == self.axes[0][0].out_channels and self.stride == 1 and x.shape[0]*x.shape[1] < 2**16 and usable(x)
 
     def _normed(self, x: Tensor) -> Tensor:
         "In training mode by `axial_norm`; running statistics as `nn.BatchNorm3d` keeps them."
