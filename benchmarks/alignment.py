@@ -3,10 +3,10 @@
     python benchmarks/alignment.py                                   # 512 to 8,192 tokens, 1 and 8 regions, heads 64 and 128 wide
     python benchmarks/alignment.py --quick
     python benchmarks/alignment.py --ways sdpa off wide_many two     # also: the function with the loss off; channels through SDPA; channels in a second call
-    python benchmarks/alignment.py --device cuda --dtype bfloat16 --layers 6 --width 4096 --ways sdpa channels many two_many
+    python benchmarks/alignment.py --device cuda --dtype bfloat16 --layers 4 --width 4096 --heads 128 --ways sdpa channels many wide two eager
 
 Ways: `sdpa` plain, no loss; `off` the registered function without a recorder; `channels` one region; `many` 8 regions; `eager` the same loss of one region from maps (up to --most-maps tokens);
-`wide`, `wide_many` channels through SDPA, padded to a multiple of 8, as on GPUs; `two`, `two_many` plain attention and a second call for the channels.
+`wide`, `wide_many` channels through SDPA, padded to a multiple of 8; `beside`, `beside_many` the kernel as it is and masses from its log-sum-exp (what `channels`, `many` are on a GPU); `two`, `two_many` plain attention and a second call for the channels.
 
 One JSON, a row per head width and length (`--second`: the longest of the second width; above `--alone` tokens each step has a process of its own): seconds of a step (forward, backward; of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, and ratios to plain SDPA within each round), peak memory of a process that does one step, its rise over the loaded model, both with ratios;
 what FLOPs alone would cost (`limit`), and how far loss and gradients lie from the eager ones, which is asserted.
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import harness
 
 WAYS = {'sdpa': ('sdpa', 0), 'off': ('petvlm_mass', 0), 'channels': ('petvlm_mass', 1), 'many': ('petvlm_mass', 8), 'eager': ('eager', 1),   # way -> attention, regions
-        'wide': ('wide', 1), 'wide_many': ('wide', 8), 'two': ('two', 1), 'two_many': ('two', 8)}
+        'wide': ('wide', 1), 'wide_many': ('wide', 8), 'two': ('two', 1), 'two_many': ('two', 8), 'beside': ('beside', 1), 'beside_many': ('beside', 8)}
 CLOCK = time.process_time if os.environ.get('OMP_NUM_THREADS') == '1' else time.perf_counter    # of one thread: its own time, whatever else the machine does
 GAP = 1e-4    # of the largest gradient: channels against maps
 
@@ -27,15 +27,27 @@ def ready():
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     AttentionInterface.register('two', two); AttentionMaskInterface.register('two', sdpa_mask)
+    AttentionInterface.register('beside', beside); AttentionMaskInterface.register('beside', sdpa_mask)
     AttentionInterface.register('wide', wide); AttentionMaskInterface.register('wide', sdpa_mask)
 
 
 def wide(module, *a, **kw):
-    "The registered function where the CPU's kernel is not called by hand: what a GPU does."
+    "The registered function where everything rides through SDPA."
     import petvlm.alignment as ours
-    chosen, ours._cpu_kernel = ours._cpu_kernel, lambda *_, **__: False
+    return _chosen((), module, *a, **kw)
+
+
+def beside(module, *a, **kw):
+    "The registered function with masses from beside the kernel on every device: what a GPU does."
+    return _chosen(('cpu', 'cuda'), module, *a, **kw)
+
+
+def _chosen(devices, module, *a, **kw):
+    import petvlm.alignment as ours
+    kept = ours._cpu_kernel, ours.BESIDE
+    ours._cpu_kernel, ours.BESIDE = lambda *_, **__: False, devices
     try: return ours.petvlm_mass(module, *a, **kw)
-    finally: ours._cpu_kernel = chosen
+    finally: ours._cpu_kernel, ours.BESIDE = kept
 
 
 def two(module, query, key, value, attention_mask, scaling=None, attention_mass=None, **kw):
@@ -57,7 +69,7 @@ def build(s):
     heads = s.width//s.head
     config = AutoConfig.for_model('mistral', vocab_size=512, hidden_size=s.width, intermediate_size=2*s.width, num_hidden_layers=s.layers, num_attention_heads=heads,
                                   num_key_value_heads=heads//s.group, max_position_embeddings=s.length, sliding_window=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype)).to(s.device).train()
+    with torch.device(s.device): model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype)).train()
     return model, batch(s, s.length)
 
 
@@ -125,8 +137,25 @@ def times(s, ways):
     for way in ways: prepared(way, model); step(way, model, short)                # every kernel once
     before = lambda way: prepared(way, model)
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
-    return {'seconds': seconds, 'agree': agreed}
+    seconds = harness.interleaved({w: (lambda w=w: step(w, model, data)) for w in ways}, s.repeats, warm=int(s.length <= 2048 or s.device == 'cuda'), before=before, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK)
+    found = {'seconds': seconds, 'agree': agreed, 'kernel': kernels(s)}
+    if s.device == 'cuda':                                                        # the allocator's peak can be set back: no process of its own
+        found['peaks'] = {}
+        for way in ways:
+            prepared(way, model)
+            with harness.peak('cuda') as m: step(way, model, data)
+            found['peaks'][way] = m
+    return found
+
+
+def kernels(s):
+    "What SDPA chooses for heads as wide as they are and 8 wider, and whether the strip is Triton's."
+    import torch
+    from petvlm.imagemass import by_triton
+    from torch.nn.attention import SDPBackend
+    q = lambda d: torch.empty(s.batch, s.width//s.head, s.length, d, device=s.device, dtype=getattr(torch, s.dtype), requires_grad=True)
+    of = lambda d: SDPBackend(torch._fused_sdp_choice(q(d), q(d), q(d), None, 0., True, scale=1.)).name
+    return {'plain': of(s.head), 'wide': of(s.head + 8), 'strip': 'triton' if by_triton(q(s.head), None) else 'torch'}
 
 
 def memory(s, way):
@@ -147,20 +176,22 @@ def limit(s, regions):
 
 def calls(s, ways, alone):
     "What is asked for one row: long sequences are timed where their memory is, in two rounds of processes."
+    if s['device'] == 'cuda': return [('times', {'s': s, 'ways': ways})]
     each = [('memory', {'s': s, 'way': w}) for w in ways]
     return each + each[::-1] if s['length'] > alone else [('times', {'s': s, 'ways': ways}), *each]
 
 
 def row(s, ways, results):
-    if len(results) > len(ways) + 1:
+    if 'peaks' in results[0]: timed, peaks = results[0], results[0]['peaks']
+    elif len(results) > len(ways) + 1:
         peaks, again = dict(zip(ways, results)), dict(zip(ways, results[::-1]))
         timed = {'seconds': {w: [peaks[w]['seconds'], again[w]['seconds']] for w in ways}, 'agree': None}
     else: timed, peaks = results[0], dict(zip(ways, results[1:]))
     first, found = ways[0], harness.against(timed['seconds'])
     for w in ways:
         found[w] |= {k: v for k, v in peaks[w].items() if k != 'seconds'} | {'memory_ratio': peaks[w]['peak_mb']/peaks[first]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[first]['rise_mb']}
-        if w in ('channels', 'many'): found[w]['limit'] = limit(s, WAYS[w][1])
-    return {'head': s['head'], 'tokens': s['length'], 'ways': found, 'agree': timed['agree']}
+        if w in ('channels', 'many') and s['device'] == 'cpu': found[w]['limit'] = limit(s, WAYS[w][1])
+    return {'head': s['head'], 'tokens': s['length'], 'ways': found, 'agree': timed['agree'], 'kernel': timed.get('kernel')}
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@
     python benchmarks/data.py                                       # 4 regions of PET and CT, 128 x 256 x 256, batches of 2
     python benchmarks/data.py --shape 140 480 480 --regions 2       # ViPET-VLM's published size
     python benchmarks/data.py --quick
+    python benchmarks/data.py --device cuda                         # does the card wait? (and --device cpu --card: the same code without a card)
 
 The job: batches of PET and CT `(B, 1, D, H, W)` float32, each voxel as its deviation from what is usual there, moved by up to one voxel. petvlm reads what `prepare` wrote (float16, memory-mapped) and standardises
 at every visit. CacheDataset keeps the finished float32 tensors in memory and only moves them; PersistentDataset keeps them on disk, a file a region. Both have MONAI's fastest settings (no copy of the cache) and
@@ -11,7 +12,7 @@ All files are in the page cache, as an epoch after the first finds them. Seconds
 
 Waiting: one worker process makes batches ahead while a consumer sleeps for a step's time; how long it waits on top of that. What published sizes ask for is arithmetic (`published`), from their FLOPs.
 """
-import functools, json, shutil, sys, tempfile, time
+import functools, importlib.util, json, shutil, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
@@ -26,12 +27,14 @@ PUBLISHED = {                         # stage -> voxels of an item, parameters o
     'petar full (six images of 32 x 256 x 256; Phi-3-mini, all of it)': (6*32*256*256, 3.8e9, 256 + 150, 6)}
 
 
-def ready(): import monai.data, monai.transforms, torch, petvlm.datasets  # noqa: F401
+def ready():
+    import torch, petvlm.datasets, petvlm.dcformer  # noqa: F401
+    if importlib.util.find_spec('monai'): import monai.data, monai.transforms  # noqa: F401  (the card's part has no peer)
 
 
 # ---- the same regions for all: float16 as `prepare` writes them, float32 in SUV and HU for MONAI
 
-def make(folder, shape, regions):
+def make(folder, shape, regions, peers=True):
     "Bodies of noise: PET in SUVbw, CT in HU."
     import numpy as np
     from petvlm.prepare import _header
@@ -45,7 +48,7 @@ def make(folder, shape, regions):
         lo, hi = WINDOW
         kept = {'pet': np.clip(full['pet']/SUV_MAX, 0, 3).astype(np.float16), 'ct': np.clip((full['ct'] - lo)/(hi - lo), 0, 1).astype(np.float16)}       # as petvlm.prepare.scaled
         for k in INPUTS:
-            np.save(folder/f'theirs/{k}_{i}.npy', full[k])
+            if peers: np.save(folder/f'theirs/{k}_{i}.npy', full[k])
             if not i: _header(files[k], kept[k], regions)
             files[k].write(kept[k].data)
     for f in files.values(): f.close()
@@ -151,6 +154,86 @@ def waiting(way, folder, regions, batch, step, batches):
     return waited
 
 
+# ---- a card beside which batches are made
+
+FEEDS = (dict(workers=0, pinned=False), dict(workers=4, pinned=True), dict(workers=8, pinned=False), dict(workers=8, pinned=True), dict(workers=14, pinned=True), dict(workers=8, pinned=True, way='halves'))
+
+def fed(batches, device, pinned):
+    "Batches on the device. Pinned: the next one is copied by a stream of its own while this one is worked on."
+    import torch
+    if device == 'cpu' or not pinned:
+        for b in batches: yield {k: x.to(device) for k, x in b.items()}
+        return
+    side, coming = torch.cuda.Stream(), None
+    for b in batches:
+        with torch.cuda.stream(side): following = {k: x.to(device, non_blocking=True) for k, x in b.items()}
+        if coming is not None: yield coming
+        torch.cuda.current_stream().wait_stream(side)
+        for x in following.values(): x.record_stream(torch.cuda.current_stream())
+        coming = following
+    if coming is not None: yield coming
+
+
+def steps_of(step, shape, device):
+    "A function of a batch: DCFormer on PET and CT, forward and backward (`encode`), or matrix products for so many seconds an item."
+    import torch
+    if step == 'encode':
+        from petvlm.dcformer import DCFormer
+        m = DCFormer(tuple(shape)).to(device).train()
+        def encode(b):
+            m.zero_grad(set_to_none=True)
+            with torch.autocast(device, torch.bfloat16): loss = sum(m(x.float()).x.float().square().mean() for x in b.values())
+            loss.backward()
+        return encode
+    a = torch.randn(*[4096 if device == 'cuda' else 256]*2, device=device, dtype=torch.bfloat16)
+    def product(): return a @ a
+    for _ in range(3): product()
+    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    sync(); start = time.perf_counter()
+    for _ in range(50): product()
+    sync(); each = (time.perf_counter() - start)/50
+    def busy(b):
+        for _ in range(max(1, round(step*len(b['pet'])/each))): product()
+    return busy
+
+
+def card(folder, regions, batch, shape, step, batches, device, workers, pinned, way='petvlm'):
+    "Seconds of a step and between steps, as the card sees them: from the end of one to the beginning of the next, copies included."
+    import torch
+    def mark():
+        if device == 'cpu': return time.perf_counter()
+        e = torch.cuda.Event(enable_timing=True); e.record()
+        return e
+    between = (lambda a, b: b - a) if device == 'cpu' else lambda a, b: a.elapsed_time(b)/1e3
+    work, marks, kw = steps_of(step, shape, device), [], {'num_workers': workers, 'prefetch_factor': 3} if workers else {}
+    for b in fed(loader(way, folder, regions, batch, batches + 4, pin_memory=pinned and device == 'cuda', **kw), device, pinned):
+        start = mark(); work(b); marks.append((start, mark()))
+        if device == 'cuda' and len(marks) > 1: marks[-2][1].synchronize()      # one step ahead of the card, no more
+    if device == 'cuda': torch.cuda.synchronize()
+    marks = marks[4:]                                                           # workers and kernels have started
+    busy, gaps = [between(*m) for m in marks], [between(a[1], b[0]) for a, b in zip(marks, marks[1:])]
+    return {'step_seconds': harness.spread(busy)['median'], 'gap_seconds': harness.spread(gaps)['median'], 'gap_most': max(gaps), 'waiting': sum(gaps)/between(marks[0][0], marks[-1][1])}
+
+
+def main_card(a):
+    "What a card waits for, with each way of feeding it."
+    shape, room = tuple(a.shape), tempfile.mkdtemp()
+    steps = ['encode', *a.card_steps]
+    asked = [dict(step=s, **f) for s in steps for f in (FEEDS if s == 'encode' else FEEDS[3:])]
+    asked = [x | {'workers': min(x['workers'], a.workers)} for x in asked]
+    base = dict(folder=room, regions=a.regions, batch=a.batch, shape=shape, batches=a.batches, device=a.device)
+    try: _, *found = harness.apart(__file__, [('make', {'folder': room, 'shape': shape, 'regions': a.regions, 'peers': False}), *(('card', base | x) for x in asked)])
+    finally: shutil.rmtree(room)
+    rows = [{'way': 'petvlm', **x, **f} for x, f in zip(asked, found)]
+    size = ' x '.join(map(str, shape))
+    told = lambda r: f"{r['workers']} workers, {'pinned, copied ahead' if r['pinned'] else 'pageable'}{', standardised on the card' if r['way'] == 'halves' else ''}"
+    named = lambda s: 'DCFormer on PET and CT, forward and backward' if s == 'encode' else f'{s:g} s an item of matrix products'
+    out = [line(f"{a.batch} PET/CT regions of {size} a step; {named(r['step'])}; {told(r)}", ('step', r['step_seconds']), ('wait', r['gap_seconds']), None, bar='waits at most 2 % of the time' if r['workers'] and r['pinned'] and r['way'] == 'petvlm' else '',
+                met=r['waiting'] <= .02 if r['workers'] and r['pinned'] and r['way'] == 'petvlm' else None, note=f"{100*r['waiting']:.1f} % of the time") for r in rows]
+    harness.show(rows, {'step': '', 'way': 's', 'workers': 'd', 'pinned': '', 'step_seconds': '.4f', 'gap_seconds': '.5f', 'gap_most': '.4f', 'waiting': '.3f'})
+    harness.write(a, 'prepared volumes to a card', rows, table=out, limits=['Files are in the page cache; steps and waits are read from events on the card.' if a.device == 'cuda' else 'Without a card: clock times of one process.'])
+
+
 def published(voxels_per_second):
     "What a card asks for at published sizes, and how many of these cores feed it."
     out = []
@@ -179,7 +262,10 @@ def main(argv=None):
     def add(p):
         p.add_argument('--shape', type=int, nargs=3, default=[128, 256, 256]); p.add_argument('--regions', type=int, default=4); p.add_argument('--batch', type=int, default=2)
         p.add_argument('--steps', type=float, nargs='+', default=[.5, 1.], help='seconds of a step beside which batches are made'); p.add_argument('--batches', type=int, default=3, help='batches waited for'); p.set_defaults(repeats=3)
+        p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='cuda: what a card waits for, no peers'); p.add_argument('--card', action='store_true', help='the same on --device cpu')
+        p.add_argument('--card-steps', type=float, nargs='*', default=[.035, .08], help='seconds of an item: Med3DVLM and ViPET-VLM as published, on an H100 at 40 %% of its peak'); p.add_argument('--workers', type=int, default=14, help='at most')
     a = harness.options(__doc__, __file__, argv, quick={'shape': [32, 64, 64], 'regions': 4, 'repeats': 2, 'steps': [.05], 'batches': 3}, add=add)
+    if a.device == 'cuda' or a.card: return main_card(a)
     shape, room = tuple(a.shape), tempfile.mkdtemp()
     same, sizes = dict(folder=room, regions=a.regions), dict(folder=room, regions=a.regions, batch=a.batch)
     waits = [('waiting', sizes | {'way': w, 'step': s, 'batches': a.batches}) for s in a.steps for w in WAYS[:3]]

@@ -4,7 +4,7 @@
     python benchmarks/encoders.py --quick
     python benchmarks/encoders.py --encoders dcformer --ways plain ours checkpointing compiled --device cuda
 
-Ways: `plain` three-dimensional convolutions, attention with its maps, one bias per pair of places; `ours` petvlm's encoder; `checkpointing` petvlm's, blocks computed again in the backward pass; `compiled` petvlm's under torch.compile (needs a compiler).
+Ways: `plain` three-dimensional convolutions, attention with its maps, one bias per pair of places; `ours` petvlm's encoder; `axes` the same without Triton's kernels; `checkpointing` petvlm's, blocks computed again in the backward pass; `compiled` petvlm's under torch.compile (needs a compiler).
 
 DCFormer as published ('small'); CT-ViT and ViT3D at their published widths with patches of 8 x 16 x 16 and `--depth` layers (published: 4 + 4 and 12; every layer costs the same). Batch 1 (4 at 32 x 64 x 64), float32. One JSON, a row per encoder, size and task (`forward`: inference; `step`: forward and backward in
 training mode): seconds (of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, ratios to `plain` within each round), peak memory of a process that does it once, its rise over the loaded model. Outputs, and in a step gradients of every weight, are compared first: in float64 at 32 x 64 x 64 (asserted, 1e-5 of the largest entry), in float32 at every size (`apart`, given; outputs asserted below 1e-3: sums in another order, through 13 blocks, maxima and batch norms).
@@ -103,7 +103,7 @@ def make(s):
     from petvlm.encoders import CTViT, ViT3D
     torch.manual_seed(0)
     size, patch = tuple(s.size), (8, 16, 16)
-    batch = 4 if size[0] == 32 else 1                        # DCFormer's last lattice is one token there: its batch norms need several
+    batch = s.batch or (4 if size[0] == 32 else 1)                        # DCFormer's last lattice is one token there: its batch norms need several
     m = {'dcformer': lambda: DCFormer(size, layer_scale=.5), 'ctvit': lambda: CTViT(size, patch, spatial_depth=s.depth, temporal_depth=s.depth, codebook_size=0),
          'vit3d': lambda: ViT3D(size, patch, depth=s.depth)}[s.encoder]()
     for part in m.modules():
@@ -116,17 +116,20 @@ def make(s):
 def work(s, way, m, x):
     "A function that runs the encoder once and returns its output; in a step also the gradients of every weight of a weighted sum of it."
     import torch
+    import petvlm.dcformer as dc
+    cast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == 'bfloat16')
     if way == 'plain': forward = lambda: {'dcformer': plain_dcformer, 'ctvit': plain_ctvit, 'vit3d': plain_vit3d}[s.encoder](m, x)
     else:
+        dc.KERNELS = way != 'axes'
         run = torch.compile(m) if way == 'compiled' else m
         forward = lambda: run(x).x
     def inference():
-        m.eval()
-        with torch.inference_mode(): return [forward()]
+        m.eval(); dc.KERNELS = way != 'axes'
+        with torch.inference_mode(), cast: return [forward().float()]
     def step():
-        m.train(); m.checkpointing = way == 'checkpointing'
+        m.train(); m.checkpointing = way == 'checkpointing'; dc.KERNELS = way != 'axes'
         m.zero_grad(set_to_none=True)
-        out = forward()
+        with cast: out = forward().float()
         (out*torch.linspace(-1, 1, out.shape[-1], device=out.device)).mean().backward()
         return [out.detach(), *(p.grad for p in m.parameters())]
     return inference if s.task == 'forward' else step
@@ -149,12 +152,18 @@ def times(s):
     import torch
     s = SimpleNamespace(**s)
     m, x = make(s)
-    if tuple(s.size) == SIZES[0]: same(s, copy.deepcopy(m).double(), x.double())
+    if s.dtype == 'float32' and tuple(s.size) == SIZES[0] and s.device == 'cpu': same(s, copy.deepcopy(m).double(), x.double())
+    if s.device == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     runs = {w: work(s, w, m, x) for w in s.ways}
     exact, apart = [t.clone() for t in runs[s.ways[0]]()], {}
-    for w in s.ways[1:]: found = runs[w](); apart[w] = difference(found, exact); assert difference(found[:1], exact[:1]) < 1e-3, f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
+    for w in s.ways[1:]: found = runs[w](); apart[w] = difference(found, exact); assert difference(found[:1], exact[:1]) < (1e-3 if s.dtype == 'float32' else .3), f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart}      # each has run once
+    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart} | ({'peaks': {w: peak_of(runs[w]) for w in s.ways}} if sync else {})      # each has run once
+
+
+def peak_of(run):
+    with harness.peak('cuda') as found: run()
+    return found
 
 
 def memory(s, way):
@@ -166,25 +175,27 @@ def memory(s, way):
 
 
 def row(s, results):
-    timed, peaks, found = results[0], dict(zip(s['ways'], results[1:])), harness.against(results[0]['seconds'])
+    timed, peaks, found = results[0], results[0].get('peaks') or dict(zip(s['ways'], results[1:])), harness.against(results[0]['seconds'])
     for w in s['ways']:
         found[w] |= peaks[w] | {'memory_ratio': peaks[w]['peak_mb']/peaks[s['ways'][0]]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[s['ways'][0]]['rise_mb'], 'apart': timed['apart'].get(w)}
-    return {'encoder': s['encoder'], 'size': s['size'], 'task': s['task'], 'ways': found}
+    return {'encoder': s['encoder'], 'size': s['size'], 'task': s['task'], **({'dtype': s['dtype'], 'batch': s['batch']} if s['device'] == 'cuda' else {}), 'ways': found}
 
 
 def main(argv=None):
     def add(p):
         p.add_argument('--encoders', nargs='+', choices=('dcformer', 'ctvit', 'vit3d'), default=['dcformer', 'ctvit', 'vit3d'])
         p.add_argument('--sizes', type=int, nargs='+', default=[0, 1, 2], choices=range(len(SIZES)), help='; '.join(f'{i}: {" x ".join(map(str, s))}' for i, s in enumerate(SIZES)))
-        p.add_argument('--ways', nargs='+', choices=('plain', 'ours', 'checkpointing', 'compiled'), default=['plain', 'ours', 'checkpointing'], help='the first one is what the others are compared with; checkpointing in steps only')
+        p.add_argument('--ways', nargs='+', choices=('plain', 'axes', 'ours', 'checkpointing', 'compiled'), default=['plain', 'ours', 'checkpointing'], help='the first one is what the others are compared with; checkpointing in steps only')
         p.add_argument('--depth', type=int, default=1, help='layers of ViT3D, and of either transformer of CT-ViT')
         p.add_argument('--last', action='store_true', help='convolution weights in channels-last order, as petvlm.train.build has them')
         p.add_argument('--most', type=float, default=6., help='seconds after which no new round begins'); p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+        p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='bfloat16: autocast'); p.add_argument('--batch', type=int, default=0, help='volumes; 0: 4 at 32 x 64 x 64, else 1')
     a = harness.options(__doc__, __file__, argv, quick=dict(repeats=3, sizes=[0], most=1.), add=add)
-    wanted = [{'encoder': e, 'size': SIZES[i], 'task': task, 'ways': [w for w in a.ways if task == 'step' or w != 'checkpointing'], **{k: getattr(a, k) for k in ('repeats', 'depth', 'last', 'most', 'device')}}
+    wanted = [{'encoder': e, 'size': SIZES[i], 'task': task, 'ways': [w for w in a.ways if task == 'step' or w != 'checkpointing'], **{k: getattr(a, k) for k in ('repeats', 'depth', 'last', 'most', 'device', 'dtype', 'batch')}}
               for e in a.encoders for i in a.sizes for task in ('forward', 'step')]
-    results = iter(harness.apart(__file__, [call for s in wanted for call in (('times', {'s': s}), *(('memory', {'s': s, 'way': w}) for w in s['ways']))]))
-    rows = [row(s, [next(results) for _ in range(1 + len(s['ways']))]) for s in wanted]
+    own = a.device == 'cpu'                        # a card's peak can be set back, a process's resident memory hardly
+    results = iter(harness.apart(__file__, [call for s in wanted for call in (('times', {'s': s}), *(('memory', {'s': s, 'way': w}) for w in s['ways'] if own))]))
+    rows = [row(s, [next(results) for _ in range(1 + own*len(s['ways']))]) for s in wanted]
     harness.show([{'encoder': r['encoder'], 'size': ' x '.join(map(str, r['size'])), 'task': r['task'], 'way': w, **v} for r in rows for w, v in r['ways'].items()],
                  {'encoder': 's', 'size': 's', 'task': 's', 'way': 's', 'seconds': '.3f', 'time_ratio': '.3f', 'ratio_min': '.3f', 'ratio_max': '.3f', 'rise_mb': '.0f', 'memory_ratio': '.3f', 'rise_ratio': '.3f', 'apart': '.0e'})
     harness.write(a, 'encoders, forward and training step', rows)

@@ -14,7 +14,7 @@ A benchmark is a file of functions that take and return what JSON can hold:
 
 Only the standard library is imported here.
 """
-import argparse, ctypes, importlib.util, json, os, platform, statistics, subprocess, sys, threading, time, traceback
+import argparse, ctypes, importlib.util, json, os, platform, shutil, statistics, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ def options(doc, file, argv=None, quick=None, add=None):
     if add: add(p)
     if p.parse_known_args(argv)[0].quick: p.set_defaults(**(quick or {}))
     a = p.parse_args(argv)
-    if a.out is None and not a.quick: a.out = Path(file).with_suffix('.json')
+    if a.out is None and not a.quick: a.out = Path(file).with_suffix('.cuda.json' if getattr(a, 'device', 'cpu') == 'cuda' else '.json')
     return a
 
 
@@ -50,15 +50,17 @@ def _version(package):
 
 def machine(device='cpu'):
     "What the numbers were measured on. `device` 'cuda' adds the GPU's name (and imports torch)."
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = ['git', 'describe', '--always', '--dirty']
+    revision = os.environ.get('PETVLM_REVISION') or (subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which('git') else '')     # a copy without .git is told
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = _said('/proc/meminfo', 'MemTotal')
     out = {'cpu': _said('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine(), 'machine': platform.machine(), 'cores': os.cpu_count(), 'cores_used': cores,
            'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS'), 'memory_gb': round(int(memory.split()[0])/1e6, 1) if memory else None, 'load': round(os.getloadavg()[0], 2),
-           'system': f'{platform.system()} {platform.release()}', 'python': platform.python_version(), 'torch': _version('torch'), 'transformers': _version('transformers'), 'revision': git.stdout.strip() or None}
+           'system': f'{platform.system()} {platform.release()}', 'python': platform.python_version(), 'torch': _version('torch'), 'transformers': _version('transformers'), 'revision': revision or None}
     if device == 'cuda':
         import torch
-        out['gpu'] = torch.cuda.get_device_name()
+        free, total = torch.cuda.mem_get_info()
+        out |= {'gpu': torch.cuda.get_device_name(), 'gpu_gb': round(total/1e9, 1), 'cuda': torch.version.cuda, 'triton': _version('triton')}
     return out
 
 

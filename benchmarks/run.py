@@ -27,7 +27,7 @@ class Bench(NamedTuple):
 
 BENCHMARKS = {
     'ingest': Bench(('--repeats', '3'), ('--repeats', '1', '--shape', '32', '24', '40', '--spacing', '12'), ('SimpleITK',), 'pip install SimpleITK==2.5.7', ACRIN, out=True),
-    'alignment': Bench(), 'encoders': Bench(), 'contrast': Bench(),
+    'alignment': Bench(), 'axial': Bench(), 'encoders': Bench(), 'contrast': Bench(),
     'data': Bench(), 'generation': Bench(),
     'retrieval': Bench(needs=('faiss',), how='pip install faiss-cpu==1.15.1'),
     'metrics': Bench(),

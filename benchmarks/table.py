@@ -7,6 +7,7 @@ HEAD = """# Benchmarks
 
     make bench                                     # every benchmark, then this table; `BENCH="--quick data metrics"` for a look at two of them
     python benchmarks/run.py --table               # this table again, from the JSON files beside it
+    python benchmarks/alignment.py --device cuda   # on a card: alignment, axial, encoders, data; writes alignment.cuda.json beside the CPU's
 
 Each benchmark runs peer and petvlm in one process (or each in processes of their own, where peak memory counts), in turn, the order turning. *Ratio* is the median over the rounds of
 peer to ours within a round, smallest and largest in brackets: above 1, petvlm is faster or smaller. Where a bar is set (issue 7), its line says what it is and whether it is met.
@@ -70,11 +71,14 @@ def from_ways(name, r):
                 out.append(x | {'note': '; '.join(notes)})
     return out
 
+CARD = ".cuda"     # behind a benchmark's name: its file from a card
+
 OLD = {'ingest': from_ingest, 'viewer': from_viewer}
 
 def lines(name, result):
     "The lines of a benchmark's JSON, whichever form it has."
     if 'table' in result: return result['table']
+    name = name.removesuffix(CARD)
     return OLD[name](result) if name in OLD else from_ways(name, result) if 'ways' in (result.get('rows') or [{}])[0] else []
 
 
@@ -91,7 +95,8 @@ def ran(name, r):
     "Where and when: the JSON's `machine` is a dictionary since the harness, a word before."
     m = r['machine'] if isinstance(r.get('machine'), dict) else {'cpu': r.get('machine'), 'cores': r.get('cores'), 'python': r.get('python')}
     cores = f"{m.get('cores_used') or ''} of {m.get('cores') or m.get('cpus') or '?'}".removeprefix(' of ')
-    cells = [name, r.get('when') or r.get('date') or '', m.get('cpu') or m.get('machine') or '', cores, m.get('load', ''), m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
+    chip = ", ".join(filter(None, [m.get("gpu"), m.get("cpu") or m.get("machine")]))
+    cells = [name, r.get("when") or r.get("date") or "", chip, cores, m.get('load', ''), m.get('OMP_NUM_THREADS') or r.get('threads') or '', m.get('python') or '', m.get('torch') or '', m.get('revision') or '', f"`{r['command']}`" if r.get('command') else '']
     return '| ' + ' | '.join(str(c).replace('|', '/') for c in cells) + ' |'
 
 def page(results):
@@ -104,9 +109,13 @@ def page(results):
     limits = [f'- **{name}**: {text}' for name, r in results.items() for text in r.get('limits', ())]
     return '\n'.join([*out, *(['', '## Limits and reasons', '', *limits] if limits else [])]) + '\n'
 
+def results_of(names, folder=HERE):
+    "`{name: JSON}` of the files of `names` that are there, in that order, a card's behind the CPU's."
+    return {n + kind: json.loads((folder/f"{n}{kind}.json").read_text("utf-8")) for n in names for kind in ("", CARD) if (folder/f"{n}{kind}.json").is_file()}
+
 def write_page(names, folder=HERE):
     "`README.md` of the JSON files of `names` that are there, in that order. Returns its path."
-    results = {n: json.loads((folder/f'{n}.json').read_text('utf-8')) for n in names if (folder/f'{n}.json').is_file()}
+    results = results_of(names, folder)
     part = folder/'.README.md.part'
     part.write_text(page(results), encoding='utf-8'); part.replace(folder/'README.md')
     return folder/'README.md'

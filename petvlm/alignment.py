@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from .imagemass import kernel_for, strip_of, with_mass
 from .losses import IGNORED
 
 # %% auto #0
-__all__ = ['MODES', 'READINGS', 'AlignmentError', 'region_masks', 'mask_to_tokens', 'on_sequence', 'supervised_queries',
+__all__ = ['MODES', 'BESIDE', 'READINGS', 'AlignmentError', 'region_masks', 'mask_to_tokens', 'on_sequence', 'supervised_queries',
            'AttentionMass', 'attention_mass', 'petvlm_mass', 'Alignment', 'alignment_loss']
 
 # %% ../nbs/16_alignment.ipynb #1d6c0917
@@ -203,6 +204,22 @@ def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
     plain = query.device.type == 'cpu' and not dropout and position_bias is None and softcap is None and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] and not torch.is_autocast_enabled('cpu')
     return plain and torch._fused_sdp_choice(query, query, query, mask, 0., causal, scale=scale) == SDPBackend.FLASH_ATTENTION.value
 
+# %% ../nbs/16_alignment.ipynb #511a63a5
+@patch
+def strip(self: AttentionMass):
+    "`petvlm.imagemass.Strip` of this recorder, made once."
+    if not hasattr(self, '_strip'): self._strip = strip_of(self.channels[:, 0], self.weights)
+    return self._strip
+
+BESIDE = ('cuda',)     # devices whose masses come from beside the kernel
+
+def _beside(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0., position_bias=None, softcap=None, **kw):
+    "The kernel in `petvlm.imagemass.KERNELS` beside which masses are found; None where attention is not plain, a mask stands in the way, or types differ."
+    on = query.device.type
+    types = {torch.get_autocast_dtype(on)} if torch.is_autocast_enabled(on) else {x.dtype for x in (query, key, value)}
+    plain = on in BESIDE and mask is None and not dropout and position_bias is None and softcap is None and len(types) == 1 and torch.float16 not in types and query.shape == value.shape[:1] + query.shape[1:3] + value.shape[-1:]
+    return kernel_for(query.to(*types), mask, causal, scale) if plain else None
+
 # %% ../nbs/16_alignment.ipynb #c947a936
 def petvlm_mass(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None, attention_mass: AttentionMass | None = None, **kw):
     """Attention function for transformers: `sdpa`, plus indicator channels when a recorder is passed as `attention_mass`.
@@ -218,6 +235,9 @@ def petvlm_mass(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     causal = attention_mask is None and query.shape[2] > 1 and (getattr(module, 'is_causal', True) if asked is None else asked)
     if m.averaged and _cpu_kernel(query, key, value, attention_mask, causal, scaling, **kw):
         out, mass = _MassOnCPU.apply(query, key, value, m.channels.to(value), m.weights, attention_mask, causal, scaling)
+    elif kernel := m.averaged and _beside(query, key, value, attention_mask, causal, scaling, **kw):
+        out, mass = with_mass(query, key, value, m.strip(), _added(attention_mask, query), causal, scaling, kernel)
+        out, mass = out.transpose(1, 2), mass.to(m.weights.device)
     else:
         wide, _ = sdpa_attention_forward(module, *m.widen(query, key, value), attention_mask, scaling=scaling, **kw)
         out, mass = wide[..., :d], m.average(wide[..., d:])

@@ -8,11 +8,12 @@ import math
 from itertools import pairwise, zip_longest
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from .axialkernels import axial_norm, axial_sum, usable
 from .stem import EncoderError, check_size, replayed
 from .tokens import Tokens
 
 # %% auto #0
-__all__ = ['AXIS', 'LATTICE', 'SIZES', 'band', 'along_axis', 'folded', 'AxialConv', 'ConvBlock', 'DCFormer']
+__all__ = ['AXIS', 'LATTICE', 'KERNELS', 'SIZES', 'band', 'along_axis', 'folded', 'AxialConv', 'ConvBlock', 'DCFormer']
 
 # %% ../nbs/11a_dcformer.ipynb #1dcb38af
 def band(kernel: Tensor, n: int) -> Tensor:
@@ -22,17 +23,19 @@ def band(kernel: Tensor, n: int) -> Tensor:
 
 def _banded(x: Tensor, kernel: Tensor, axis: int) -> Tensor:
     m = band(kernel, x.shape[2 + axis])
-    return (m @ x.flatten(3)).view(x.shape) if axis == 0 else (x.flatten(2, 3) @ m.transpose(1, 2)).view(x.shape)
+    if axis == 0: return (m @ x.flatten(3)).view(x.shape)
+    if axis == 1: return (m @ (y := x.transpose(2, 3)).flatten(3)).view(y.shape).transpose(2, 3)
+    return (x.flatten(2, 3) @ m.transpose(1, 2)).view(x.shape)
 
 AXIS, LATTICE = range(8, 65), 1024   # where matrices pay: voxels along the axis, and on the whole lattice at least
 
 def along_axis(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, stride: int = 1, groups: int = 1) -> Tensor:
     """The convolution of `x` (B, C, D, H, W) with `weight` (C', C/groups, ...), a kernel longer than 1, and odd, along `axis` only (0 d, 1 h, 2 w), zeros around; `stride` along all three.
 
-    Depthwise along d and w by matrices (`AXIS`, `LATTICE`), else in two dimensions; with a stride as it stands. The same sums as `F.conv3d`, in another order."""
+    Depthwise by matrices (`AXIS`, `LATTICE`), else in two dimensions; with a stride as it stands. The same sums as `F.conv3d`, in another order."""
     k, (*_, d, h, w) = weight.shape[2 + axis], x.shape
     if stride > 1: return F.conv3d(x, weight, bias, stride, tuple(k//2 if a == axis else 0 for a in range(3)), groups=groups)
-    if axis != 1 and groups == x.shape[1] == len(weight) and x.shape[2 + axis] in AXIS and d*h*w >= LATTICE:
+    if groups == x.shape[1] == len(weight) and x.shape[2 + axis] in AXIS and d*h*w >= LATTICE:
         y = _banded(x, weight.flatten(1), axis)
         return y if bias is None else y + bias.view(-1, 1, 1, 1)
     flat = lambda v, *dims: F.conv2d(v, weight.flatten(*dims), bias, padding=(k//2, 0) if axis < 2 else (0, k//2), groups=groups)
@@ -41,6 +44,8 @@ def along_axis(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, stride
     return flat(x.transpose(1, 2).flatten(0, 1), 2, 3).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 # %% ../nbs/11a_dcformer.ipynb #48791759
+KERNELS = True   # whether `petvlm.axialkernels` may be used where it can be
+
 def folded(conv: nn.Conv3d, norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     "Weight and bias of a convolution that does what `conv` and then `norm` with its running statistics do."
     by = norm.weight*(norm.running_var + norm.eps).rsqrt()
@@ -59,10 +64,31 @@ class AxialConv(nn.Module):
                                                 nn.BatchNorm3d(out_dim)) for axis in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(norm.training for _, norm in self.axes):
+        norms, fused = [norm for _, norm in self.axes], self.fused(x)
+        if fused and torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))     # as a convolution would
+        if any(norm.training for norm in norms):
+            if fused and all(norm.training and type(norm) is nn.BatchNorm3d for norm in norms): return self._normed(x)
             return sum(norm(along_axis(x, conv.weight, conv.bias, axis, self.stride, self.groups)) for axis, (conv, norm) in enumerate(self.axes))
         weights, biases = zip(*(folded(conv, norm) for conv, norm in self.axes))
+        if fused: return axial_sum(x, weights, sum(biases))
         return sum(along_axis(x, w, sum(biases) if axis == 0 else None, axis, self.stride, self.groups) for axis, w in enumerate(weights))
+
+    def fused(self, x: Tensor) -> bool:
+        "Whether the three go through `petvlm.axialkernels`: depthwise, without a stride, where those kernels run."
+        return KERNELS and self.groups == x.shape[1] == self.axes[0][0].out_channels and self.stride == 1 and x.shape[0]*x.shape[1] < 2**16 and usable(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        "In training mode by `axial_norm`; running statistics as `nn.BatchNorm3d` keeps them."
+        convs, norms = zip(*self.axes)
+        y, means, variances = axial_norm(x, [c.weight for c in convs], [c.bias for c in convs], [n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
+        count = x.numel()//x.shape[1]
+        with torch.no_grad():
+            for norm, mean, var in zip(norms, means, variances):
+                if norm.running_mean is None: continue
+                if norm.num_batches_tracked is not None: norm.num_batches_tracked += 1
+                by = norm.momentum if norm.momentum is not None else 1/float(norm.num_batches_tracked)
+                norm.running_mean.lerp_(mean.to(norm.running_mean), by); norm.running_var.lerp_((var*(count/max(count - 1, 1))).to(norm.running_var), by)
+        return y
 
 # %% ../nbs/11a_dcformer.ipynb #a3c08f63
 class ConvBlock(nn.Module):

@@ -206,6 +206,37 @@ def test_channels_through_sdpa_equal_eager_maps(kv_heads, padding, through_sdpa)
     same(run(tiny('mistral', 'petvlm_mass', kv_heads), batch(padding)), run(tiny('mistral', 'eager', kv_heads), batch(padding), maps=True))
 
 
+def beside(kv_heads, monkeypatch, data, implementation='petvlm_mass'):
+    "As on a GPU: masses from beside the kernel, heads 16 wide (kernels want a multiple of 8)."
+    monkeypatch.setattr(alignment, 'BESIDE', ('cpu', 'cuda'))
+    seen, own = [], alignment.with_mass
+    monkeypatch.setattr(alignment, 'with_mass', lambda *a: seen.append(a) or own(*a))
+    return run(tiny('mistral', implementation, kv_heads, hidden_size=64), data), len(seen)
+
+
+@pytest.mark.parametrize('kv_heads', HEADS.values(), ids=HEADS)
+def test_masses_beside_the_kernel_equal_eager_maps(kv_heads, through_sdpa, monkeypatch):
+    ours, layers = beside(kv_heads, monkeypatch, batch('none'))
+    assert layers == 3
+    same(ours, run(tiny('mistral', 'eager', kv_heads, hidden_size=64), batch('none'), maps=True))
+
+
+def test_a_mask_keeps_the_channels_in_the_kernel(through_sdpa, monkeypatch):
+    ours, layers = beside(2, monkeypatch, batch('left'))
+    assert layers == 0
+    same(ours, run(tiny('mistral', 'eager', 2, hidden_size=64), batch('left'), maps=True))
+
+
+def test_beside_the_kernel_an_image_behind_its_questions_is_not_seen(through_sdpa, monkeypatch):
+    "Supervised positions before, between and after image tokens: the causal mask cuts the strip."
+    ids, attended, slots, labels, regions = batch('none')
+    labels = ids.masked_fill(slots, IGNORED)
+    data = ids, attended, slots, labels, regions
+    ours, layers = beside(4, monkeypatch, data)
+    assert layers == 3
+    same(ours, run(tiny('mistral', 'eager', 4, hidden_size=64), data, maps=True))
+
+
 @pytest.mark.parametrize('padding', START)
 def test_many_regions_need_one_channel_back(padding, monkeypatch):
     data = batch(padding)

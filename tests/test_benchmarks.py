@@ -33,7 +33,7 @@ def test_the_page_has_every_line_where_it_ran_and_what_limits_it(bench):
 
 def test_the_table_in_the_repository_is_that_of_its_files(bench):
     run, table = bench('run'), bench('table')
-    results = {n: json.loads((ROOT/f'benchmarks/{n}.json').read_text('utf-8')) for n in run.BENCHMARKS if (ROOT/f'benchmarks/{n}.json').is_file()}
+    results = table.results_of(run.BENCHMARKS)
     assert (ROOT/'benchmarks/README.md').read_text('utf-8') == table.page(results), 'run python benchmarks/run.py --table'
 
 def test_what_cannot_run_says_what_it_needs(bench, monkeypatch, capsys):
