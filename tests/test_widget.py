@@ -132,7 +132,7 @@ def test_the_script_fetches_nothing_and_makes_no_html_of_data():
 
 def test_the_script_ships_with_the_package():
     said = (Path(__file__).parents[1]/'pyproject.toml').read_text()
-    assert '"static/*"' in said and all(asset(n) for n in ('viewer_sources.js', 'viewer_page.js', 'viewer_page.css'))
+    assert '"static/*"' in said and all(asset(n) for n in ('viewer_sources.js', 'page.js', 'viewer_page.js', 'viewer_page.css'))
 
 
 # ---------- the page ----------
