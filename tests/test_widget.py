@@ -229,4 +229,5 @@ def test_readings_in_the_browser_are_the_scenes(ran):
 
 def test_one_request_flies_per_channel_and_stale_answers_are_dropped(ran):
     k = ran[3]['kernel']
+    assert 'does not answer' in k['late'][0] and k['late'][1] == 1
     assert k['flying'] == 1 and k['then'] == 2 and k['asked'] == [0, 3] and k['seen'] == [[0, 0], [1, None], [2, None], [3, 'no such slice']]

@@ -247,6 +247,7 @@ export class Explainer extends Viewer {
     if (this.goes && !this.peek) { this.goes = false; this.go(found.maps); }
     this.repaint(); if (this.twin) this.twin.repaint();
   }
+  again() { super.again(); this.choose(); }
   // A text chosen by hand whose region does not hold the crosshair: to the token looked at most, so that something is seen.
   go(maps) {
     const {frame} = this.setup, seen = [...this.told.sections.entries()].filter(([k]) => maps[k]), place = this.store.get('position');

@@ -11,6 +11,7 @@ export class Viewer {
     for (const [name, text] of Object.entries(setup.maps)) this.maps[name] = base64(text);
     this.build(el);
     store.on(key => this.changed(key));
+    source.woken = () => this.again();
     this.observer = new ResizeObserver(() => this.layout());
     for (const p of Object.values(this.panels)) this.observer.observe(p.canvas);
     this.layout(); this.follow(); this.askMip(); this.read();
@@ -129,6 +130,7 @@ export class Viewer {
     this.line.textContent = [...words, r.place, r.side, ...Object.values(r.labels)].filter(Boolean).join('   |   ');
   }
   say(text) { this.note.textContent = text; }
+  again() { this.say(''); this.follow(); this.askMip(); this.read(); }      // the kernel was busy and answers now
 
   // --- panels ---
   panel(name) {
