@@ -187,8 +187,10 @@ def build() -> int:
     start = time.perf_counter()
     source = WORK/'source'; source.mkdir(parents=True, exist_ok=True)
     stage(source); live(source/'_extra/live/phantom.html')
-    code = subprocess.call([sys.executable, '-m', 'sphinx', '-b', 'html', '-j', '2', '-W', '--keep-going', '-q', '-d', str(WORK/'doctrees'), str(source), str(OUT)], cwd=ROOT)
-    if not code: sys.stdout.write(f'{OUT/"index.html"}: {sum(1 for _ in OUT.rglob("*.html"))} pages in {time.perf_counter() - start:.0f} s\n')
+    code = subprocess.call([sys.executable, '-m', 'sphinx', '-b', 'html', '-j', '2', '-W', '--keep-going', '-q', '-d', str(WORK/'doctrees'), str(source), str(WORK/'html')], cwd=ROOT)
+    if not code:                                        # MyST-NB writes its copies beside the folder that it is given: so that is below build/
+        shutil.rmtree(OUT, ignore_errors=True); shutil.copytree(WORK/'html', OUT)
+        sys.stdout.write(f'{OUT/"index.html"}: {sum(1 for _ in OUT.rglob("*.html"))} pages in {time.perf_counter() - start:.0f} s\n')
     return code
 
 if __name__ == '__main__':

@@ -69,7 +69,7 @@ def title_of(record: AttentionRecord) -> str:
 
 def _told(record: AttentionRecord, study: Study) -> dict:
     sentence = lambda s, about: dict(span=list(s.span), words=[list(w) for w in s.words], about=[{'lesion': i, 'wrong': list(w)} for i, w in about.items()], sites=[f'{f.organ} {f.side} {f.kind}' for f in s.findings])
-    section = lambda s, start: dict(region=s.region, spans=(s.spans + start).tolist(), weights=s.weights.tolist(), size=list(s.mask.shape), inverse=np.linalg.inv(s.affine).tolist(), lattices=[list(g) for g in s.lattices], kept=list(s.attention.shape[1:3]))
+    section = lambda s, start: dict(region=s.region, spans=(s.spans + start).tolist(), weights=s.weights.tolist(), size=list(s.mask.shape), affine=s.affine.tolist(), inverse=np.linalg.inv(s.affine).tolist(), lattices=[list(g) for g in s.lattices], kept=list(s.attention.shape[1:3]))
     return dict(title=title_of(record), text=record.text, shape=list(record.shape), headings=[[a - 1 - len(h), a - 1] for a, h in zip(record.starts, record.headings)],
                 sentences=[sentence(*x) for x in zip(sentences(record), spoken_of(record, study))], sections=[section(*x) for x in zip(record.sections, record.starts)])
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import base64, hashlib, json, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from html import escape
 from pathlib import Path
 from fastcore.xml import FT, H1, H2, Div, P, to_xml
@@ -65,9 +65,11 @@ for (const el of document.querySelectorAll('.petvlm-figure')) {
 
 # %% ../nbs/33c_onefile.ipynb #d4f4b061
 class Exhibit:
-    "A plotly figure and `draw`, which gives its twin for paper. JupyterLab shows the first; where no script runs, the second is seen."
-    def __init__(self, figure, draw: Callable[[], Picture], title: str): self.figure, self.draw, self.title = figure, draw, title
+    "A plotly figure, or what makes it once it is wanted, and `draw`, which gives its twin for paper. JupyterLab shows the first; where no script runs, the second is seen."
+    def __init__(self, figure, draw: Callable[[], Picture], title: str): self._figure, self.draw, self.title = figure, draw, title
 
+    @cached_property
+    def figure(self): return self._figure() if callable(self._figure) else self._figure
     def __repr__(self) -> str: return f'Exhibit: {self.title}'
     def spec(self) -> dict:
         "The plotly figure as JSON."

@@ -76,7 +76,7 @@ def _draw_band(fig, ax: Axes, band: Band, y: float, most: float) -> None:
 # %% ../nbs/33k_plates.ipynb #338b8381
 def mark_legend(kinds: Sequence[str]) -> list[list[Span]]:
     "The marks of `kinds`, each in its colour with its words, broken into lines."
-    return flow([s for k in MARKS if k in kinds for s in (Span(f'{MARKS[k][0]} {MARKS[k][2]}', MARKS[k][1], weight='bold'), Span('·', FAINT))], INNER, 6.)
+    return flow([s for k in MARKS if k in kinds for s in (Span(f'{MARKS[k][0]} {MARKS[k][2]}', MARKS[k][1], weight='bold'), Span('·', FAINT))][:-1], INNER, 6.)
 
 def case_texts(case: Case, who: str, rivals: Mapping[str, Case] | None = None) -> dict[str, list[Span]]:
     "The true text and those that `who` and the `rivals` (name -> the same row's case) wrote, with marks."

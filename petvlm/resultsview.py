@@ -239,11 +239,11 @@ def gallery(tables: str | Path, results: Sequence[dict] = (), n: int = 2000, see
         table = read_table(path); title = table.attrs['title']
         shown = out.setdefault(title, [])
         parts = pieces(labels_of(table)); of_rows = lambda some: table if len(parts) == 1 else _held(table, some)
-        shown += [Exhibit(table_figure(of_rows(some), some), partial(table_picture, of_rows(some), some), ': '.join([title, *[name]*bool(name)])) for name, some in parts.items()]
+        shown += [Exhibit(partial(table_figure, of_rows(some), some), partial(table_picture, of_rows(some), some), ': '.join([title, *[name]*bool(name)])) for name, some in parts.items()]
         found = differences(path.stem, results, n, seed)
         for name, some in pieces(list(dict.fromkeys(found['label']))).items():
             of = found[found['label'].isin(some)]
-            if len(of): shown.append(Exhibit(forest_figure(of), partial(forest_picture, of), ': '.join([f'{title}, ablations', *[name]*bool(name)])))
+            if len(of): shown.append(Exhibit(partial(forest_figure, of), partial(forest_picture, of), ': '.join([f'{title}, ablations', *[name]*bool(name)])))
     return out
 
 NOTE = 'Measured on a phantom with tiny models unless the runs say otherwise; no number stands for patients. The menu of a table sorts it; point at a cell or a dot to see where it comes from. Intervals: 95 %, patients resampled.'

@@ -75,7 +75,7 @@ def _texts(fig, pairs: Pairs, shown, s, order, chosen: int) -> None:
 # %% ../nbs/34e_retrieval.ipynb #a2f0d807
 def script() -> str:
     "The browser's half, one ES module."
-    return asset('retrieval_page.js')
+    return asset('page.js') + '\n' + asset('retrieval_page.js')
 
 CAUTION = f"CT window {HU_WINDOW[0]:g} to {HU_WINDOW[1]:g} HU, PET from SUV 0 to {SUV_TOP:g}; as the model has the images. The texts are those of the data: if they are of patients, they may name them (petvlm.scrub)."
 

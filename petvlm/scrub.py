@@ -12,11 +12,11 @@ from datetime import date, timedelta
 from pydicom.dataset import Dataset
 
 # %% auto #0
-__all__ = ['DATES', 'COMMON', 'FAMILY', 'NAMES', 'SHAPES', 'Span', 'Scrubbed', 'bare', 'Known', 'known_from', 'scrub']
+__all__ = ['DATES', 'COMMON', 'FAMILY', 'NAMES', 'SHAPES', 'Replaced', 'Scrubbed', 'bare', 'Known', 'known_from', 'scrub']
 
 # %% ../nbs/05j_scrub.ipynb #bd8806f0
 @dataclass(frozen=True)
-class Span:
+class Replaced:
     "Characters `start:end` of the original text that became `text`; `label` one of NAME, DATE, ID, PHONE, EMAIL, ADDRESS, AGE."
     start: int
     end: int
@@ -27,7 +27,7 @@ class Span:
 class Scrubbed:
     "The scrubbed `text` and what was replaced in the original, in order."
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[Replaced, ...]
 
     @property
     def counts(self) -> dict[str, int]: return dict(sorted(Counter(s.label for s in self.spans).items()))
@@ -213,7 +213,7 @@ def scrub(text: str, known: Known = Known(), days: int | None = None) -> Scrubbe
     Measurements stay. Not found: a name without label, title, known header or family name in front; hospitals by name. Raises nothing. Source: the identifiers of 45 CFR 164.514(b)(2)."""
     seen, starts = _composed(text)
     found = itertools.chain(_named(seen), _known_names(seen, known.names), _exact(seen, known.ids, 'ID'), _exact(seen, known.places, 'ADDRESS'), _shaped(seen), _dated(seen, days))
-    spans = tuple(Span(starts[a], starts[b], label, new) for a, b, label, new in _chosen(found))
+    spans = tuple(Replaced(starts[a], starts[b], label, new) for a, b, label, new in _chosen(found))
     out, at = [], 0
     for s in spans: out += [text[at:s.start], s.text]; at = s.end
     return Scrubbed(''.join(out) + text[at:], spans)

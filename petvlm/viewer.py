@@ -8,7 +8,7 @@ import base64, hashlib, re
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
-from fastcore.xml import FT, Body, Code, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Html, Img, Meta, P, Safe, Section, Style, Table, Td, Th, Title, Tr, to_xml
+from fastcore.xml import A, FT, Body, Code, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Html, Img, Meta, P, Safe, Section, Style, Table, Td, Th, Title, Tr, to_xml
 from .dicom import Pair, SeriesInfo, SeriesList, read_series
 from .figures import Picture, fused, mark, mip, png, straight
 from .findings import REGIONS, Study
@@ -183,11 +183,11 @@ def _pictures(pet: Volume, ct: Volume | None, lesions: Sequence[Lesion], thresho
     body = around_body(straight(pet), ct)
     return [mip_section(body, tops), lesion_section(lesions, ct, threshold, limit), fused_section(body, ct, lesions, tops)]
 
-def study_page(found: SeriesList, pair: Pair, pet: Volume | None, ct: Volume | None, lesions: Sequence[Lesion] = (), draft: dict[str, str] | None = None, threshold: float = 4.) -> str:
+def study_page(found: SeriesList, pair: Pair, pet: Volume | None, ct: Volume | None, lesions: Sequence[Lesion] = (), draft: dict[str, str] | None = None, threshold: float = 4., viewer: str = '') -> str:
     """One self-contained HTML page of a study; nothing in it is fetched, everything is escaped, identifiers and file names are left out.
 
-    `pet` SUVbw and `ct` HU, canonical (`read_pair`), or None; `lesions` from `petvlm.lesions.candidates` at `threshold` (SUV); `draft` see `draft_section`."""
-    parts = [H1('PET/CT study'), P('Research software, not a medical device. Numbers and text on this page are not for clinical use.', cls='warning'), series_section(found, pair)]
+    `pet` SUVbw and `ct` HU, canonical (`read_pair`), or None; `lesions` from `petvlm.lesions.candidates` at `threshold` (SUV); `draft` see `draft_section`; `viewer`: name of the page beside this one that `petvlm.offline.export_html` wrote."""
+    parts = [H1('PET/CT study'), P('Research software, not a medical device. Numbers and text on this page are not for clinical use.', cls='warning'), *[P(A('Look through the study', href=viewer), ': planes, projection, windows, distances; a page of its own beside this one.')]*bool(viewer), series_section(found, pair)]
     if pet is None: parts.append(P('No usable PET was found, so there is nothing to measure. The reasons stand above.'))
     else: parts += [suv_section(pet), *_pictures(pet, ct, lesions, threshold)]
     return _document(*parts, draft_section(draft), Footer('Made by petvlm. SUVbw = activity concentration x body weight / decayed injected activity, in g/ml.'))

@@ -148,7 +148,7 @@ def asset(name: str) -> str:
 
 def script() -> str:
     "The browser's half, one ES module."
-    return asset('viewer_sources.js') + '\n' + asset('viewer_page.js')
+    return '\n'.join(map(asset, ('viewer_sources.js', 'page.js', 'viewer_page.js')))
 
 def _refused(check, value):
     "`check(value)`, its refusal as the error that traits are expected to raise."

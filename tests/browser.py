@@ -67,9 +67,9 @@ class Page:
 
 @contextmanager
 def jupyterlab(cells, room, size=(1400, 1300), patience=90):
-    "A page with a JupyterLab that shows a notebook of `cells`, its kernel ready."
+    "A page with a JupyterLab that shows `cells` (sources of code, or a whole notebook), its kernel ready."
     room, token = Path(room), secrets.token_hex(16)
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}})
+    nb = cells if isinstance(cells, nbformat.NotebookNode) else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}})
     nbformat.write(nb, room/'tour.ipynb')
     (room/'config/labconfig').mkdir(parents=True); (room/'config/labconfig/page_config.json').write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
     env = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'JUPYTER_CONFIG_DIR': str(room/'config'), 'JUPYTER_RUNTIME_DIR': str(room/'run'), 'JUPYTERLAB_SETTINGS_DIR': str(room/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(room/'spaces')}

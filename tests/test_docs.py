@@ -46,7 +46,7 @@ def test_every_module_has_a_page():
     assert all(f'automodule:: petvlm.{m}\n' in sources()[f'api/{m}.md'] for m in modules)
 
 def test_every_notebook_begins_with_a_title_and_a_summary():
-    assert not [n for n in pages.notebooks() if n[:2].isdigit() and not all(pages.heading(pages.read(n)))]
+    assert not [n for n in pages.notebooks() if n[:2].isdigit() and not (pages.read(n).cells[0].cell_type == 'markdown' and all(pages.heading(pages.read(n))))]
 
 def test_readme_is_the_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == pages.readme(), 'python docs/pages.py readme'

@@ -1,12 +1,12 @@
 """The report beside the pictures in a real browser, from disk and with the network off: a sentence is chosen and the truth of the phantom is where the boxes are. Slow; skipped where no Chromium is installed."""
-import os
+import os, time
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
 from browser import CHROMIUM, Page
 from petvlm.attentionrecord import AttentionRecord, ideal_record, maps, sentences, shares
-from petvlm.explain import export_html, spoken_of
+from petvlm.explain import export_html, most_looked_at, spoken_of
 from petvlm.phantom import draw, sample_patient
 from test_explain import EVIL, with_text
 
@@ -82,6 +82,16 @@ def test_a_chosen_sentence_lights_up_at_its_lesion(single, record, study, spoken
             assert (strength > 45).mean() < .35, (i, plane)
         if n == 0: single.js("window.scrollTo(0, 0)"); shoot(single, 'sentence')
     single.js(f"{A}.store.set('outlines', ['lesions', 'hot']); {A}.store.set('head', null)")
+
+def test_a_sentence_of_another_region_brings_the_planes_there(single, record, spoken):
+    "The crosshair stands at the feet: a chosen sentence about something else is looked at where its attention is largest, and stays put where the region is shown already."
+    s, i, at = spoken[0]; single.js(f"{A}.store.set('head', 0); {A}.store.set('selected', [])")
+    single.js(f"(() => {{ const f = {A}.setup.frame, m = f.affine; {A}.store.set('position', [0, 1, 2].map(k => m[k][1]*f.shape[1]/2 + m[k][2]*f.shape[2]/2 + m[k][3])); }})()"); low = single.js(f"{A}.store.get('position')")
+    click_sentence(single, s.span); single.until(f"{A}.store.get('position')[2] !== {low[2]}")
+    want = most_looked_at(record, maps(record, s.span, None, 0)); assert np.linalg.norm(np.subtract(single.js(f"{A}.store.get('position')"), want)) < 10
+    x, y = spot(single, 'axial', want); strength, (x0, y0) = pink(single, 'axial'); assert np.median(strength[int(y - y0) - 4:int(y - y0) + 5, int(x - x0) - 4:int(x - x0) + 5]) > 45
+    single.js(f"{A}.store.set('selected', []); {A}.store.set('position', {list(map(float, at))})"); click_sentence(single, s.span); single.until(f"{A}.store.get('selected')[0] === {s.span[0]} && {A}.found.tokens > 0"); time.sleep(.3)
+    assert np.allclose(single.js(f"{A}.store.get('position')"), at, atol=1e-3); single.js(f"{A}.store.set('head', null)")
 
 def test_a_word_the_arrows_and_the_whole(single, record, spoken):
     s = spoken[0][0]; menu = "document.querySelector('select[aria-label=\"choose\"]')"

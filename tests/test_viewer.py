@@ -124,3 +124,8 @@ def test_the_real_study(tmp_path):
     assert html.count('data:image/png') == 11 and str(tmp_path) not in html
     assert all(str(pair.pet.headers[0].get(k)) not in html for k in ('PatientID', 'PatientName', 'StudyInstanceUID', 'SeriesInstanceUID'))
     assert places([lesions[1].center_mm], ct)[0].startswith('chest, right')
+
+def test_the_page_leads_to_the_viewer_beside_it_and_nowhere_else():
+    refused = series('PT', 'PET NAC')
+    html = study_page(SeriesList([refused]), Pair(None, None, ((refused, 'PROPCNTS'),)), None, None, viewer='viewer-0a.html')
+    assert [v for _, name, v in Tags(html).attrs if name == 'href'] == ['viewer-0a.html']

@@ -93,7 +93,7 @@ def test_all_three_in_jupyterlab_without_network(tmp_path):
         lab.until("[...document.querySelectorAll('.jp-OutputArea-output progress')].some(e => e.value > 3 && e.value < 50)"); lab.js("document.querySelector('.jp-OutputArea-output progress').scrollIntoView()"); shoot(lab, 'lab-live')
         lab.until("document.querySelectorAll('.jp-OutputArea-output progress').length === 1 && document.querySelector('.jp-OutputArea-output progress').value === 60")
         assert 'step 60/60 (100 %)' in lab.js("document.querySelector('.jp-OutputArea-output progress').closest('.jp-OutputArea-output').textContent")
-        lab.js("document.querySelector('.jp-Notebook').scrollTop = 1e6"); lab.until("!!document.querySelector('.js-plotly-plot .main-svg')"); lab.js("document.querySelector('.js-plotly-plot').scrollIntoView()"); time.sleep(.5); shoot(lab, 'lab-table')
+        lab.js('void jupyterapp.shell.currentWidget.content.scrollToItem(2)'); lab.until("!!document.querySelector('.js-plotly-plot .main-svg')"); lab.js("document.querySelector('.js-plotly-plot').scrollIntoView()"); time.sleep(.5); shoot(lab, 'lab-table')
         lab.until(f"!!{R} && document.querySelectorAll('.petvlm-card').length >= 9"); lab.js(f"{R}.scrollIntoView()"); time.sleep(.5)
         lab.js(f"(() => {{ const v = {R}.petvlm; v.word.value = 'a node'; v.question('a node'); }})()"); lab.until("document.querySelector('.petvlm-asked').textContent === 'a node'"); shoot(lab, 'lab-retrieval')
         assert cards(lab)[:9] == found(made(), 6)[1].tolist()[:9] and 'nothing is known to be right' in lab.js(f'{R}.innerText')

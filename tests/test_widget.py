@@ -132,7 +132,7 @@ def test_the_script_fetches_nothing_and_makes_no_html_of_data():
 
 def test_the_script_ships_with_the_package():
     said = (Path(__file__).parents[1]/'pyproject.toml').read_text()
-    assert '"static/*"' in said and all(asset(n) for n in ('viewer_sources.js', 'viewer_page.js', 'viewer_page.css'))
+    assert '"static/*"' in said and all(asset(n) for n in ('viewer_sources.js', 'page.js', 'viewer_page.js', 'viewer_page.css'))
 
 
 # ---------- the page ----------
@@ -229,4 +229,5 @@ def test_readings_in_the_browser_are_the_scenes(ran):
 
 def test_one_request_flies_per_channel_and_stale_answers_are_dropped(ran):
     k = ran[3]['kernel']
+    assert 'does not answer' in k['late'][0] and k['late'][1] == 1
     assert k['flying'] == 1 and k['then'] == 2 and k['asked'] == [0, 3] and k['seen'] == [[0, 0], [1, None], [2, None], [3, 'no such slice']]

@@ -33,4 +33,8 @@ model.hear({channel: 'axial', seq: sent[0].seq, view: kernel.view, index: 79}, [
 const then = sent.length;
 model.hear({channel: 'axial', seq: sent[1].seq, view: kernel.view, error: 'no such slice'}, []);
 await Promise.all(asked);
-console.log(JSON.stringify({out, kernel: {flying, then, asked: sent.map(m => m.index), seen: seen.sort((a, b) => a[0] - b[0])}}));
+// A busy kernel: the request is given up, and answered late.
+const slow = {on(_, f) { this.hear = f; }, off() {}, send(m) { this.sent = m; }}, patient = new js.KernelSource(slow, 5); let woken = 0; patient.woken = () => woken++;
+const given = await patient.ask('axial', {index: 4}), answered = m => slow.hear({channel: 'axial', seq: slow.sent.seq, view: patient.view, index: 4, ...m}, []);
+answered({seq: 98}); answered({}); answered({});
+console.log(JSON.stringify({out, kernel: {flying, then, asked: sent.map(m => m.index), late: [given.error, woken], seen: seen.sort((a, b) => a[0] - b[0])}}));

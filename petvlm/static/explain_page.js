@@ -41,6 +41,13 @@ export function paintTokens(section, values, start, down, right, rows, cols, out
     if (v > out[r*cols + c]) out[r*cols + c] = v;
   }
 }
+// Where a section's tokens are looked at most (petvlm.explain.most_looked_at), and whether a place lies in it; LPS mm.
+export function mostLookedAt(section, values) {
+  const [[d, h, w]] = section.lattices, [D, H, W] = section.size; let k = 0;
+  for (let i = 1; i < d*h*w; i++) if (values[i] > values[k]) k = i;
+  return apply(section.affine, [(Math.floor(k/(h*w)) + .5)*D/d - .5, (Math.floor(k/w) % h + .5)*H/h - .5, (k % w + .5)*W/w - .5]);
+}
+export const holds = (section, place) => apply(section.inverse, place).every((v, i) => v >= -.5 && v < section.size[i] - .5);
 const minus = (a, b) => [a[0] - b[0], a[1] - b[1], a[2] - b[2]];
 const ray = at => { const start = at(0, 0); return [start, minus(at(1, 0), start), minus(at(0, 1), start)]; };
 
@@ -152,6 +159,7 @@ export class Explainer extends Viewer {
   pick(entry, target) {
     const span = this.unitAt(target), now = this.store.get(this.spanKey);
     const again = now.length && now[0] === span[0] && now[1] === span[1];
+    this.goes = !again;
     this.store.set(this.spanKey, again ? [] : [...span]);
     if (!again && this.twin) this.twin.answerTo(entry);
   }
@@ -160,7 +168,7 @@ export class Explainer extends Viewer {
     if (key !== 'ArrowRight' && key !== 'ArrowLeft') return false;
     const units = this.setup.shared.unit === 'word' ? this.sentences.flatMap(s => s.parts) : this.sentences, now = this.store.get(this.spanKey), by = key === 'ArrowRight' ? 1 : -1;
     const at = units.findIndex(u => u.span[0] === now[0] && u.span[1] === now[1]), next = units[at < 0 ? 0 : clamp(at + by, 0, units.length - 1)];
-    this.store.set(this.spanKey, [...next.span]); (next.parts ? next.e : next.e.parentElement).focus();
+    this.goes = true; this.store.set(this.spanKey, [...next.span]); (next.parts ? next.e : next.e.parentElement).focus();
     return true;
   }
   // What was chosen in the other report: the sentence here that speaks of the same.
@@ -236,7 +244,16 @@ export class Explainer extends Viewer {
     const inside = found.inside == null ? 'S is empty here' : `inside S: ${percent(found.inside)} of the attention on the image; spread evenly it would be ${percent(found.even)}`;
     const what = (name, at) => at == null ? `mean of ${name}s` : `${name} ${at}`;
     this.inside.textContent = `${this.peek ? 'under the pointer, ' : ''}${inside}\n${percent(found.on_image)} of all attention is on the image; ${found.tokens} text token${found.tokens > 1 ? 's' : ''}, ${what('layer', layer)}, ${what('head', head)}`;
+    if (this.goes && !this.peek) { this.goes = false; this.go(found.maps); }
     this.repaint(); if (this.twin) this.twin.repaint();
+  }
+  again() { super.again(); this.choose(); }
+  // A text chosen by hand whose region does not hold the crosshair: to the token looked at most, so that something is seen.
+  go(maps) {
+    const {frame} = this.setup, seen = [...this.told.sections.entries()].filter(([k]) => maps[k]), place = this.store.get('position');
+    if (seen.some(([, s]) => holds(s, place))) return;
+    const [k, s] = seen.reduce((a, b) => Math.max(...maps[b[0]]) > Math.max(...maps[a[0]]) ? b : a), at = apply(frame.inverse, mostLookedAt(s, maps[k]));
+    this.store.set('position', apply(frame.affine, at.map((v, i) => clamp(v, 0, frame.shape[i] - 1))));
   }
   repaint() {
     if (!this.found) return;

@@ -1,4 +1,4 @@
-// The retrieval browser: a text finds volumes, a volume finds texts. Vectors are compared here; texts are put on the page as text.
+// The retrieval browser: a text finds volumes, a volume finds texts. Vectors are compared here; texts are put on the page as text. It stands behind page.js in one script.
 
 // ---------- numbers ----------
 export function floats(text) {                              // base64 of little-endian float32
@@ -18,31 +18,8 @@ export function place(similar, own) {                       // best and worst ra
   return [better + 1, better + equal];
 }
 
-// ---------- where the state lives ----------
-const KEYS = ['direction', 'chosen', 'top'];
-
-class TraitStore {
-  constructor(model) { this.model = model; this.heard = []; }
-  get(key) { return this.model.get(key); }
-  set(values) { for (const [k, v] of Object.entries(values)) this.model.set(k, v); this.model.save_changes(); }
-  on(hear) { for (const key of KEYS) { this.heard.push([key, hear]); this.model.on(`change:${key}`, hear); } }
-  close() { for (const [key, f] of this.heard) this.model.off(`change:${key}`, f); }
-}
-class PlainStore {
-  constructor(values) { this.values = {...values}; }
-  get(key) { return this.values[key]; }
-  set(values) { Object.assign(this.values, values); this.hear(); }
-  on(hear) { this.hear = hear; }
-  close() { this.hear = () => {}; }
-}
-
 // ---------- the page ----------
-function make(tag, props, ...kids) {
-  const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(props || {})) { if (k === 'class') e.className = v; else if (k === 'role' || k.includes('-')) e.setAttribute(k, v); else e[k] = v; }
-  e.append(...kids);
-  return e;
-}
+const KEYS = ['direction', 'chosen', 'top'];
 const WAYS = {text: 'a text finds volumes', volume: 'a volume finds texts'};
 
 export class Retrieval {
@@ -54,7 +31,7 @@ export class Retrieval {
   build(el) {
     this.root = make('div', {class: 'petvlm-retrieval'}); this.root.petvlm = this; this.root.dataset.lmSuppressShortcuts = 'true';
     this.way = make('select', {'aria-label': 'what finds what'}, ...Object.entries(WAYS).map(([k, v]) => make('option', {value: k}, v)));
-    this.way.addEventListener('change', () => { this.typed = null; this.store.set({direction: this.way.value}); });
+    this.way.addEventListener('change', () => { this.typed = null; this.store.set('direction', this.way.value); });
     this.word = make('input', {type: 'search', placeholder: this.ask ? 'type a query, or part of a text to choose one' : 'part of a text', 'aria-label': 'query'});
     this.word.addEventListener('input', () => this.list());
     const form = make('form', {}, this.word, ...(this.ask ? [make('button', {type: 'submit'}, 'find')] : []));
@@ -78,7 +55,7 @@ export class Retrieval {
       if (part && !this.setup.texts[i].toLowerCase().includes(part) && !this.setup.names[i].toLowerCase().includes(part)) continue;
       const b = make('button', {type: 'button', 'aria-pressed': String(this.typed === null && i === this.store.get('chosen'))}, make('small', {}, this.setup.names[i]),
         this.direction === 'text' ? make('span', {class: 'petvlm-rclip'}, this.setup.texts[i]) : this.picture(i));
-      b.dataset.row = i; b.addEventListener('click', () => { this.typed = null; this.store.set({chosen: i}); });
+      b.dataset.row = i; b.addEventListener('click', () => { this.typed = null; this.store.set('chosen', i); });
       rows.push(b);
     }
     this.queries.replaceChildren(...rows);
@@ -90,7 +67,7 @@ export class Retrieval {
     if (me !== this.wanted) return;                        // overtaken by a later question
     if (answer.error) { this.line.textContent = answer.error; return; }
     this.typed = {text, vector: Float32Array.from(answer.vector)};
-    if (this.direction !== 'text') { const typed = this.typed; this.store.set({direction: 'text'}); this.typed = typed; }
+    if (this.direction !== 'text') { const typed = this.typed; this.store.set('direction', 'text'); this.typed = typed; }
     this.draw();
   }
 
@@ -134,7 +111,7 @@ function render({model, el}) {
   const hear = m => { const done = m.view === view && waiting.get(m.seq); if (done) { waiting.delete(m.seq); done(m); } };
   model.on('msg:custom', hear);
   const ask = text => new Promise(done => { waiting.set(++seq, done); model.send({type: 'ask', seq, view, text}); });
-  const page = new Retrieval(el, model.get('setup'), new TraitStore(model), model.get('asks') ? ask : null);
+  const page = new Retrieval(el, model.get('setup'), new TraitStore(model, KEYS), model.get('asks') ? ask : null);
   return () => { model.off('msg:custom', hear); page.close(); };
 }
 

@@ -1,34 +1,8 @@
-// The page half of the viewer: controls, pictures, hands. It stands behind viewer_sources.js in one script.
+// The page half of the viewer: controls, pictures, hands. It stands behind viewer_sources.js and page.js in one script.
 
-// ---------- where the state lives: traits of the widget, or a page of its own ----------
 const KEYS = ['position', 'suv_window', 'hu_window', 'opacity', 'pet_map', 'angle', 'outlines'];
 
-export class TraitStore {
-  constructor(model) { this.model = model; this.timer = null; this.heard = []; }
-  get(key) { return this.model.get(key); }
-  set(key, value) {                                        // drawn at once, told to Python when the hand rests
-    this.model.set(key, value);
-    clearTimeout(this.timer); this.timer = setTimeout(() => this.model.save_changes(), 120);
-  }
-  on(hear) { for (const key of KEYS) { const f = () => hear(key); this.heard.push([`change:${key}`, f]); this.model.on(`change:${key}`, f); } }
-  close() { clearTimeout(this.timer); for (const [event, f] of this.heard) this.model.off(event, f); }
-}
-
-export class PlainStore {
-  constructor(values) { this.values = {...values}; }
-  get(key) { return this.values[key]; }
-  set(key, value) { this.values[key] = value; this.hear(key); }
-  on(hear) { this.hear = hear; }
-  close() { this.hear = () => {}; }
-}
-
 // ---------- the page ----------
-function make(tag, props, ...kids) {
-  const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(props || {})) { if (k === 'class') e.className = v; else if (k === 'role' || k.includes('-')) e.setAttribute(k, v); else e[k] = v; }
-  e.append(...kids);
-  return e;
-}
 const fixed = v => v == null ? 'none' : Math.abs(v) >= 100 ? v.toFixed(0) : v.toFixed(2);
 
 export class Viewer {
@@ -37,6 +11,7 @@ export class Viewer {
     for (const [name, text] of Object.entries(setup.maps)) this.maps[name] = base64(text);
     this.build(el);
     store.on(key => this.changed(key));
+    source.woken = () => this.again();
     this.observer = new ResizeObserver(() => this.layout());
     for (const p of Object.values(this.panels)) this.observer.observe(p.canvas);
     this.layout(); this.follow(); this.askMip(); this.read();
@@ -155,6 +130,7 @@ export class Viewer {
     this.line.textContent = [...words, r.place, r.side, ...Object.values(r.labels)].filter(Boolean).join('   |   ');
   }
   say(text) { this.note.textContent = text; }
+  again() { this.say(''); this.follow(); this.askMip(); this.read(); }      // the kernel was busy and answers now
 
   // --- panels ---
   panel(name) {
@@ -334,7 +310,7 @@ const opened = (el, setup, source, store) => new (PAGES[setup.page] || Viewer)(e
 async function render({model, el}) {
   const setup = model.get('setup'), payload = model.get('payload');
   const source = payload && payload.byteLength ? await LocalSource.open(setup, new Uint8Array(payload.buffer, payload.byteOffset, payload.byteLength)) : new KernelSource(model);
-  const viewer = opened(el, setup, source, new TraitStore(model));
+  const viewer = opened(el, setup, source, new TraitStore(model, KEYS, 120));
   return () => viewer.close();
 }
 

@@ -85,9 +85,10 @@ export const inWords = xyz => xyz.map((v, i) => `${ENDS[i][+(v > 0)]} ${Math.abs
 
 // ---------- source 1: the kernel ----------
 // One request in flight per channel (a plane, the projection, the reading ...). Of those that wait only the last is kept; an answer with another number than the one awaited is dropped.
+// A request that is given up because the kernel is busy (a long cell, Run All) may be answered after all: then `woken` is called, and everything is asked anew.
 export class KernelSource {
-  constructor(model) {
-    this.model = model; this.view = Math.random().toString(36).slice(2); this.seq = 0; this.flying = {}; this.waiting = {};
+  constructor(model, patience = PATIENCE) {
+    Object.assign(this, {model, patience, view: Math.random().toString(36).slice(2), seq: 0, flying: {}, waiting: {}, late: {}, woken: () => {}});
     this.listen = (content, buffers) => this.take(content, buffers || []);
     model.on('msg:custom', this.listen);
   }
@@ -102,12 +103,13 @@ export class KernelSource {
     if (this.flying[channel] || !this.waiting[channel]) return;
     const {content, resolve} = this.waiting[channel], seq = ++this.seq;
     delete this.waiting[channel];
-    const timer = setTimeout(() => this.finish(channel, seq, {error: 'the kernel does not answer (busy, or restarted: run the cell again)'}), PATIENCE);
+    const timer = setTimeout(() => { this.late[channel] = seq; this.finish(channel, seq, {error: 'the kernel does not answer (busy, or restarted: run the cell again)'}); }, this.patience);
     this.flying[channel] = {seq, resolve, timer};
     this.model.send({...content, channel, seq, view: this.view});
   }
   take(content, buffers) {
     if (content.view !== this.view) return;
+    if (this.late[content.channel] === content.seq) { delete this.late[content.channel]; this.woken(); return; }
     this.finish(content.channel, content.seq, {...content, bytes: buffers.map(b => new Uint8Array(b.buffer, b.byteOffset, b.byteLength))});
   }
   finish(channel, seq, answer) {
