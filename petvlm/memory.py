@@ -66,16 +66,18 @@ def _conv_back(grad, x, weight, *rest, **kw) -> int:
 OPERATIONS = flop_registry | {torch.ops.aten.convolution_backward: _conv_back}
 
 class Tally(TorchDispatchMode):
-    "Bytes that autograd keeps, by `part`, the largest kept tensor, and floating-point operations (two per multiplication and addition) of what runs inside."
+    "Bytes that autograd keeps, by `part`, the largest kept tensor, the most that was kept and passing through at once (`high`), and floating-point operations (two per multiplication and addition) of what runs inside."
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self.held, self.kept, self.largest, self.flops, self.part = {}, Counter(), 0, 0, 'rest'
+        self.held, self.kept, self.largest, self.high, self.flops, self.part = {}, Counter(), 0, 0, 0, 'rest'
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         count = OPERATIONS.get(func.overloadpacket)
         if count: self.flops += count(*args, **(kwargs or {}), out_val=out)
+        made = [s.nbytes() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in self.own]
+        self.high = max(self.high, sum(self.kept.values()) + 2*max(made, default=0))      # what a part that does not move makes is kept by nobody, and still has to lie somewhere, beside what it was made of
         return out
 
     def keep(self, t: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def _step(model: PetVLM, cfg: Config, stage: Stage, batch: int, text: int, tally
 
 # %% ../nbs/20d_memory.ipynb #5dd09c99
 class Footprint(NamedTuple):
-    "What one stage holds on one card, bytes: `copies` are the bf16 copies of float32 weights that autocast makes, `activations` what is kept for the backward pass, `lm` the share of the language model in it, `workspace` the largest tensors that come and go. And its floating-point operations per step and card, forward and backward."
+    "What one stage holds on one card, bytes: `copies` are the bf16 copies of float32 weights that autocast makes, `activations` what is kept for the backward pass, `lm` the share of the language model in it, `workspace` what comes and goes: the largest tensors on their way, also those of parts that do not move. And its floating-point operations per step and card, forward and backward."
     weights: int
     copies: int
     gradients: int
@@ -205,13 +207,13 @@ def footprint(cfg: Config, stage: Stage, amp: bool = True, ranks: int = 1, text:
     tally = Tally(model)
     with _no_autocast(), tally, _Fused(tally):
         with torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda t: t): loss = _step(model, cfg, stage, own.batch, text, tally, dtype)
-        forward = tally.flops
+        forward, passing = tally.flops, max(2*tally.largest, tally.high - sum(tally.kept.values()))
         loss.backward()
     model.zero_grad(set_to_none=True)
     visual = model.n_image if stage.images == 'image' else sum(map(math.prod, stage.lattice or model.lattices))
     tokens = text + visual if stage.objective.get('lm') else 0
     grads = sum(size[n] for n in moving)
-    return Footprint(sum(size.values()), copied, grads, 2*grads, sum(tally.kept.values()), tally.kept['lm'], 2*tally.largest, forward*own.accumulate, (tally.flops - forward)*own.accumulate, own.batch, tokens, own.accumulate)
+    return Footprint(sum(size.values()), copied, grads, 2*grads, sum(tally.kept.values()), tally.kept['lm'], passing, forward*own.accumulate, (tally.flops - forward)*own.accumulate, own.batch, tokens, own.accumulate)
 
 # %% ../nbs/20d_memory.ipynb #76002530
 def made_up(model: PetVLM, cfg: Config, stage: Stage, batch: int, text: int, seed: int = 0) -> dict:

@@ -12,8 +12,9 @@ from .graph import plan
 from .memory import HEADROOM, TEXT, footprint, skeleton
 
 # %% auto #0
-__all__ = ['CARDS', 'PUBLISHED', 'COUNTED', 'MEASURED', 'Card', 'Assumptions', 'published_cards', 'counted', 'count_all', 'table',
-           'measured_steps', 'rates', 'step_seconds', 'run', 'papers']
+__all__ = ['CARDS', 'PUBLISHED', 'COUNTED', 'MEASURED', 'STEPS', 'Card', 'Assumptions', 'published_cards', 'counted', 'count_all',
+           'table', 'measured_steps', 'rates', 'card_steps', 'card_rates', 'as_measured', 'step_seconds', 'run',
+           'papers']
 
 # %% ../nbs/36_scaling.ipynb #437f15fb
 @dataclass(frozen=True)
@@ -85,6 +86,27 @@ def rates(steps: pd.DataFrame, text: int = 150) -> pd.DataFrame:
         f = footprint(cfg, s, amp=False, text=text)
         out.append(dict(node=r.node, kind='language' if f.tokens else 'encoder', gflop=round((f.forward + f.backward)/1e9, 2), seconds=round(r.seconds/r.steps, 3), rate=round((f.forward + f.backward)*r.steps/r.seconds/1e9, 1)))
     return pd.DataFrame(out)
+
+# %% ../nbs/36_scaling.ipynb #508295c8
+STEPS = 'tables/steps-gpu.json'
+
+def card_steps() -> pd.DataFrame:
+    "What steps took on a card: node, `seconds` (alone on the card, else in a run), `in_run` (two lanes on one card), `alone`, MiB allocated."
+    told = json.loads((find_root()/STEPS).read_text(encoding='utf-8'))
+    rows = [dict(node=n, seconds=told['alone'].get(n, r)['step_s'], in_run=r['step_s'], alone=n in told['alone'], mib=r['card_mib']) for n, r in told['run'].items()]
+    return pd.DataFrame(rows).dropna(subset='seconds').reset_index(drop=True)
+
+def card_rates(steps: pd.DataFrame, rows: pd.DataFrame, card: str = 'H100 80 GB') -> pd.DataFrame:
+    "`steps` (node, seconds) beside the counted `rows` of the same scale: kind, TFLOP a step, TFLOP/s and the share of the card's dense rate (`MFU`) that was reached."
+    of = rows.set_index(rows.point + '.' + rows.stage)
+    found = steps[steps.node.isin(of.index)]; of = of.loc[found.node]
+    flop = (of.forward + of.backward).to_numpy()
+    return found.assign(kind=['language' if t else 'encoder' for t in of.tokens], tflop=(flop/1e12).round(2), rate=(flop/1e12/found.seconds).round(1), MFU=(flop/found.seconds/CARDS[card].rate).round(4))
+
+def as_measured(found: pd.DataFrame) -> Assumptions:
+    "`Assumptions` with the MFU that stages reached alone on a card (medians of `card_rates`)."
+    mfu = found[found.alone].groupby('kind').MFU.median()
+    return Assumptions(mfu_language=float(mfu.language), mfu_encoder=float(mfu.encoder))
 
 # %% ../nbs/36_scaling.ipynb #884783fe
 def step_seconds(row, n: int, card: Card, a: Assumptions) -> float:

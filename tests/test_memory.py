@@ -1,8 +1,8 @@
 "What a stage holds and computes, against sums made by hand; what does not fit is refused with the number and a way out; scale `gpu` on paper and, slowly, for real."
-import dataclasses, functools, multiprocessing
+import dataclasses, functools, json, multiprocessing
 import pytest, torch
 from torch import nn
-from petvlm.config import ConfigError, Part, load_params, resolve
+from petvlm.config import ConfigError, Part, find_root, load_params, resolve
 from petvlm.memory import HEADROOM, Footprint, Tally, TooLarge, Vocabulary, checkpointed, fits, footprint, made_up, remedies, skeleton, smaller, try_steps
 from petvlm.peak import measured
 from petvlm.train import build, run_stage, set_trainable
@@ -22,6 +22,13 @@ def test_what_autograd_keeps_of_a_small_net():
     assert tally.flops == 2*10*(32*64*2 + 64*8)
     with tally: y.backward()
     assert tally.flops == 2*10*(32*64*2 + 64*8) + 2*10*(2*32*64 + 2*64*8)              # of the first Linear the weight alone (twice), of the last weight and input
+
+def test_what_a_part_makes_that_does_not_move_passes_through():
+    "Nobody keeps what frozen layers make; it has to lie somewhere all the same, beside what it was made of. Measured on a card: fusion's frozen encoders."
+    with torch.device('meta'): net, x = nn.Sequential(nn.Linear(32, 1024), nn.GELU(), nn.Linear(1024, 8), nn.Linear(8, 4)), torch.empty(10, 32)
+    net[:3].requires_grad_(False); tally = Tally(net)
+    with tally, torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda t: t): net(x).sum()
+    assert sum(tally.kept.values()) == 4*10*8 and tally.high == 2*4*10*1024
 
 def test_a_frozen_layer_computes_no_gradient_of_its_weight():
     with torch.device('meta'): net, x = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)), torch.empty(10, 32)
@@ -123,7 +130,7 @@ def test_checkpointed_layers_give_the_same_gradients(tmp_path):
 
 # --- scale `gpu`: real resolution, SmolLM2, one card of 24 GB
 
-TOO_LARGE = {'vipet.clip_pet', 'vipet.clip_ct'}       # batch 16 needs 30.8 GiB: `batch: 8, accumulate: 2` in params.yaml, then this set is empty
+TOO_LARGE = {'vipet.clip_pet', 'vipet.clip_ct'}       # batch 16 needs 30.8 GiB (measured on a card: 27.0): `batch: 8, accumulate: 2` in params.yaml, then this set is empty
 
 def refused(cfg, stage, model) -> bool:
     try: fits(cfg, stage, 24, model=model)
@@ -146,3 +153,18 @@ def test_scale_gpu_makes_steps_on_a_cpu(point, name):
     model = build(cfg, Vocabulary(49152), lm=AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES['smollm2'])))
     losses = try_steps(model, cfg, cfg.stages[name], 1, 32, steps=2)
     assert len(losses) == 2 and all(0 < x < 1e4 for x in losses)
+
+# --- what one card did
+
+def test_the_howto_tells_what_was_measured():
+    "Memory and seconds of `nbs/howto/gpu.md` are those of `tables/steps-gpu.json`, its minutes those of the steps of `params.yaml`."
+    told, text = json.loads((find_root()/'tables/steps-gpu.json').read_text(encoding='utf-8')), (find_root()/'nbs/howto/gpu.md').read_text(encoding='utf-8')
+    for name, r in told['run'].items():
+        if r['card_mib']: assert f"{r['card_mib']:,}" in text, name
+    alone = {n: r['step_s'] for n, r in told['alone'].items()} | {'vipet.instruct': round(told['run']['vipet.instruct']['step_s'], 2)}
+    minutes = 0
+    for s in of('vipet', 'gpu').stages.values():
+        seconds = alone[f"vipet.{s.name.replace('_ct', '_pet')}"]
+        assert f'| `{s.name}` | {s.steps:,} | {seconds:g}' in text and f'| {s.steps*seconds/60:.1f} |' in text, s.name
+        minutes += s.steps*seconds/60
+    assert f'**{minutes:.0f}**' in text
