@@ -23,7 +23,7 @@ _PAGE = """<!doctype html>
 {body}
 {rest}</body></html>
 """
-CSS = 'body{font:14px/1.45 system-ui,sans-serif;max-width:75em;margin:1em auto;padding:0 1em;color:#1a1a1a;background:#fff}h1{font-size:1.4em}h2{font-size:1.15em;margin:1.6em 0 .3em;border-bottom:1px solid #bbb}p{max-width:60em}'
+CSS = 'body{font:14px/1.45 system-ui,sans-serif;max-width:105em;margin:1em auto;padding:0 1em;color:#1a1a1a;background:#fff}h1{font-size:1.4em}h2{font-size:1.15em;margin:1.6em 0 .3em;border-bottom:1px solid #bbb}p{max-width:60em}'
 
 def data_block(value) -> str:
     "`value` as JSON that can stand in an HTML script element: no character of it can end the element or begin a tag."

@@ -46,9 +46,19 @@ def _columns(texts: Mapping[str, Sequence[Span]], width: float) -> tuple[float, 
     wide = (width - 10*(len(texts) - 1))/max(1, len(texts))
     return wide, {head: flow(spans, wide, SIZE) for head, spans in texts.items()}
 
+def _left_over(band: Band, most: float) -> float:
+    "The width that the panels leave to their right where it is about half of the page: there the texts stand, one below the other. Else 0."
+    left = INNER - sum(p.aspect*_panel_height(band.panels, INNER, most) + GAP for p in band.panels) - BAR*len(_bars(band.panels)) - 6
+    return left if band.panels and left > .45*INNER else 0.
+
+def _tall(lines: Sequence) -> float:
+    "The height of a text with its heading."
+    return 9 + SIZE*1.38*len(lines) + 4
+
 def _height(band: Band, most: float) -> float:
-    lines = _columns(band.texts, INNER)[1]
-    return 12 + (9 + _panel_height(band.panels, INNER, most) + 5 if band.panels else 0) + 9 + SIZE*1.38*max(map(len, lines.values()), default=0) + 4
+    pictures = 9 + _panel_height(band.panels, INNER, most) + 5 if band.panels else 0
+    if left := _left_over(band, most): return 12 + max(pictures, sum(_tall(flow(spans, left, SIZE)) for spans in band.texts.values()))
+    return 12 + pictures + max(map(_tall, _columns(band.texts, INNER)[1].values()), default=13)
 
 def fitted(text: str, width: float, size: float) -> str:
     "`text`, cut with an ellipsis where it is wider than `width`."
@@ -67,11 +77,13 @@ def draw_panels(fig, ax: Axes, panels: Sequence[Panel], x: float, y: float, heig
 
 def _draw_band(fig, ax: Axes, band: Band, y: float, most: float) -> None:
     put(ax, EDGE, y - 8.5, band.title, 7., weight='bold'); y -= 12
-    if band.panels: y = draw_panels(fig, ax, band.panels, EDGE, y, _panel_height(band.panels, INNER, most)) - 5
-    wide, lines = _columns(band.texts, INNER)
-    for k, (head, found) in enumerate(lines.items()):
-        x = EDGE + k*(wide + 10)
-        put(ax, x, y - 6.5, fitted(head, wide, SIZE*1.08), SIZE, weight='bold', color=FAINT); draw_flow(ax, found, x, y - 8, SIZE)
+    below = draw_panels(fig, ax, band.panels, EDGE, y, _panel_height(band.panels, INNER, most)) - 5 if band.panels else y
+    def written(head: str, found: list, x: float, y: float, wide: float) -> None: put(ax, x, y - 6.5, fitted(head, wide, SIZE*1.08), SIZE, weight='bold', color=FAINT); draw_flow(ax, found, x, y - 8, SIZE)
+    if left := _left_over(band, most):
+        for head, spans in band.texts.items(): lines = flow(spans, left, SIZE); written(head, lines, EDGE + INNER - left, y, left); y -= _tall(lines)
+        return
+    wide, columns = _columns(band.texts, INNER)
+    for k, (head, found) in enumerate(columns.items()): written(head, found, EDGE + k*(wide + 10), below, wide)
 
 # %% ../nbs/33k_plates.ipynb #338b8381
 def mark_legend(kinds: Sequence[str]) -> list[list[Span]]:
@@ -108,9 +120,14 @@ def clause(text: str, f: Finding | None) -> str:
     "What `text` says of a finding read from it (`f`, with its span), or the whole text where the span is not known; '' without one."
     return '' if f is None else unicodedata.normalize('NFC', text)[slice(*(f.span or (None,)))].strip(' ,;.')
 
+def _swapped(case: Case) -> bool:
+    "Whether the report on one lesion describes another: its finding is missed, and one is invented."
+    return 'lesion' in case.record and {'missed', 'invented'} <= {m.worst for m in case.marks}
+
 def _said_of(case: Case, mark: Mark, language: str) -> tuple[list[Span], list[Span]]:
     "What the truth and what the written report say of a marked finding."
     sign, colour, _ = MARKS[mark.worst]
+    if _swapped(case): mark = Mark(mark.kinds, *(next(f for m in case.marks if (f := getattr(m, k))) for k in ('said', 'there')), 0)
     stated = {p.at: p.said for p in match(case.read(case.reference), case.truth).pairs}
     truth = clause(case.reference, stated.get(mark.at)) if mark.there else ''
     written = clause(case.prediction, mark.said)
@@ -127,7 +144,7 @@ def error_plate(cases: Sequence[Case], panel: Callable[[Case, Sequence[int]], Pa
     if table.empty: raise CaseError(f'nothing to show: {len(cases)} reports without an error')
     fig, ax = sheet(PAGE, ROW*len(table) + 16 + 2*EDGE)
     y, longest = ROW*len(table) + EDGE, table['n'].max()
-    put(ax, EDGE, y + 5, f"{sum(map(bool, (c.errors for c in cases)))} of {len(cases)} reports have an error; {sum(len(c.truth) for c in cases)} findings are there", 6.5, weight='bold')
+    put(ax, EDGE, y + 5, f"{sum(map(bool, (c.errors for c in cases)))} of {len(cases)} reports have an error; {sum(len(c.truth) for c in cases)} findings are there{f'; {other} reports describe another lesion: missed and invented' if (other := sum(map(_swapped, cases))) else ''}", 6.5, weight='bold')
     for row in table.itertuples():
         _error_row(fig, ax, row, *found[row.kind], panel, language, y, longest)
         y -= ROW

@@ -88,7 +88,7 @@ CELLS = ["import sys; sys.path.insert(0, {tests!r})\nfrom pathlib import Path\ni
          "gallery(PRINTED)[next(t for t in gallery(PRINTED) if 'Table 1' in t and 'ViPET' in t)][0]", "b = Browser(pairs, ask=lambda text: pairs.text[len(text)], chosen=3); b"]
 
 def test_all_three_in_jupyterlab_without_network(tmp_path):
-    with jupyterlab([c.format(tests=str(Path(__file__).parent)) for c in CELLS], tmp_path) as lab:
+    with jupyterlab([c.format(tests=str(Path(__file__).parent)) for c in CELLS], tmp_path, patience=240) as lab:
         lab.js("void jupyterapp.commands.execute('notebook:run-all-cells')")
         lab.until("[...document.querySelectorAll('.jp-OutputArea-output progress')].some(e => e.value > 3 && e.value < 50)"); lab.js("document.querySelector('.jp-OutputArea-output progress').scrollIntoView()"); shoot(lab, 'lab-live')
         lab.until("document.querySelectorAll('.jp-OutputArea-output progress').length === 1 && document.querySelector('.jp-OutputArea-output progress').value === 60")

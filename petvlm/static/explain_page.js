@@ -159,7 +159,7 @@ export class Explainer extends Viewer {
   pick(entry, target) {
     const span = this.unitAt(target), now = this.store.get(this.spanKey);
     const again = now.length && now[0] === span[0] && now[1] === span[1];
-    this.goes = !again;
+    this.goes = again ? '' : String(span);
     this.store.set(this.spanKey, again ? [] : [...span]);
     if (!again && this.twin) this.twin.answerTo(entry);
   }
@@ -168,7 +168,7 @@ export class Explainer extends Viewer {
     if (key !== 'ArrowRight' && key !== 'ArrowLeft') return false;
     const units = this.setup.shared.unit === 'word' ? this.sentences.flatMap(s => s.parts) : this.sentences, now = this.store.get(this.spanKey), by = key === 'ArrowRight' ? 1 : -1;
     const at = units.findIndex(u => u.span[0] === now[0] && u.span[1] === now[1]), next = units[at < 0 ? 0 : clamp(at + by, 0, units.length - 1)];
-    this.goes = true; this.store.set(this.spanKey, [...next.span]); (next.parts ? next.e : next.e.parentElement).focus();
+    this.goes = String(next.span); this.store.set(this.spanKey, [...next.span]); (next.parts ? next.e : next.e.parentElement).focus();
     return true;
   }
   // What was chosen in the other report: the sentence here that speaks of the same.
@@ -228,7 +228,7 @@ export class Explainer extends Viewer {
   changed(key) {
     if (!LOOKS.includes(key)) { super.changed(key); return; }
     if (this.shows[key]) this.shows[key]();
-    if (key === this.spanKey) this.peek = null;
+    if (key === this.spanKey) { this.peek = null; if (this.goes !== String(this.store.get(key))) this.goes = ''; }
     if (key === this.spanKey || key === 'layer' || key === 'head') this.choose();
     else if (key === 'lesion') this.markLesion(true);
     else if (key === 'overlay' || key === 'strength') this.repaint();
@@ -244,7 +244,7 @@ export class Explainer extends Viewer {
     const inside = found.inside == null ? 'S is empty here' : `inside S: ${percent(found.inside)} of the attention on the image; spread evenly it would be ${percent(found.even)}`;
     const what = (name, at) => at == null ? `mean of ${name}s` : `${name} ${at}`;
     this.inside.textContent = `${this.peek ? 'under the pointer, ' : ''}${inside}\n${percent(found.on_image)} of all attention is on the image; ${found.tokens} text token${found.tokens > 1 ? 's' : ''}, ${what('layer', layer)}, ${what('head', head)}`;
-    if (this.goes && !this.peek) { this.goes = false; this.go(found.maps); }
+    if (this.goes && this.goes === String(span)) { this.goes = ''; this.go(found.maps); }        // not by an answer to an earlier choice
     this.repaint(); if (this.twin) this.twin.repaint();
   }
   again() { super.again(); this.choose(); }
