@@ -130,8 +130,6 @@ def test_checkpointed_layers_give_the_same_gradients(tmp_path):
 
 # --- scale `gpu`: real resolution, SmolLM2, one card of 24 GB
 
-TOO_LARGE = {'vipet.clip_pet', 'vipet.clip_ct'}       # batch 16 needs 30.8 GiB (measured on a card: 27.0): `batch: 8, accumulate: 2` in params.yaml, then this set is empty
-
 def refused(cfg, stage, model) -> bool:
     try: fits(cfg, stage, 24, model=model)
     except TooLarge: return True
@@ -141,7 +139,7 @@ def refused(cfg, stage, model) -> bool:
 @pytest.mark.parametrize('point', SYSTEMS)
 def test_scale_gpu_fits_a_card_of_24_gb(point):
     cfg = of(point, 'gpu'); model = skeleton(cfg)
-    assert {f'{point}.{s.name}' for s in cfg.stages.values() if refused(cfg, s, model)} == {n for n in TOO_LARGE if n.startswith(f'{point}.')}
+    assert not [s.name for s in cfg.stages.values() if refused(cfg, s, model)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('point,name', [('vipet', 'pretrain_ct'), ('petar', 'full'), ('content_topic', 'joint'), ('med3dvlm', 'projection')])
