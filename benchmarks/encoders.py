@@ -8,6 +8,7 @@ Ways: `plain` three-dimensional convolutions, attention with its maps, one bias 
 
 DCFormer as published ('small'); CT-ViT and ViT3D at their published widths with patches of 8 x 16 x 16 and `--depth` layers (published: 4 + 4 and 12; every layer costs the same). Batch 1 (4 at 32 x 64 x 64), float32. One JSON, a row per encoder, size and task (`forward`: inference; `step`: forward and backward in
 training mode): seconds (of the one thread's own time where OMP_NUM_THREADS is 1; interleaved rounds: median, fastest, slowest, ratios to `plain` within each round), peak memory of a process that does it once, its rise over the loaded model. Outputs, and in a step gradients of every weight, are compared first: in float64 at 32 x 64 x 64 (asserted, 1e-5 of the largest entry), in float32 at every size (`apart`, given; outputs asserted below 1e-3: sums in another order, through 13 blocks, maxima and batch norms).
+In bfloat16 a step's gradients are mostly rounding where batch norms see few values (plain DCFormer on a CPU, batch 4 at 32 x 64 x 64, against float64: 45 %), so every way is held against plain in float32 and may miss it by 1.5 times what plain bfloat16 does (`misses`); outputs differ by less than 0.03 of the largest entry (found on an H100: 0.012), in a step 0.1.
 """
 import copy, os, time
 from types import SimpleNamespace
@@ -148,6 +149,12 @@ def same(s, m, x):
     assert all(d <= APART for d in apart.values()), f'{s.encoder} {s.task}: outputs or gradients differ from the plain ones by {apart}'
 
 
+def missed(found, exact):
+    "|found - exact| / |exact| of the output, and in a step of all gradients together."
+    parts = [(found[:1], exact[:1]), (found[1:], exact[1:])][:min(len(found), 2)]
+    return [sum(float((f - e).norm())**2 for f, e in zip(*p))**.5/sum(float(e.norm())**2 for e in p[1])**.5 for p in parts]
+
+
 def times(s):
     import torch
     s = SimpleNamespace(**s)
@@ -156,9 +163,14 @@ def times(s):
     if s.device == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     runs = {w: work(s, w, m, x) for w in s.ways}
     exact, apart = [t.clone() for t in runs[s.ways[0]]()], {}
-    for w in s.ways[1:]: found = runs[w](); apart[w] = difference(found, exact); assert difference(found[:1], exact[:1]) < (1e-3 if s.dtype == 'float32' else .3), f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
+    full = s.dtype == 'bfloat16' and [t.clone() for t in work(SimpleNamespace(**vars(s) | {'dtype': 'float32'}), s.ways[0], m, x)()]
+    misses = {s.ways[0]: missed(exact, full)} if full else {}
+    for w in s.ways[1:]:
+        found = runs[w](); apart[w] = difference(found, exact)
+        if full: misses[w] = missed(found, full); assert all(a < 1.5*b for a, b in zip(misses[w], misses[s.ways[0]])), f'{s.encoder} {s.task} {s.size}: {w} misses float32 by more than plain bfloat16 does: {misses}'
+        assert difference(found[:1], exact[:1]) < (1e-3 if not full else .03 if s.task == 'forward' else .1), f'{s.encoder} {s.task} {s.size}: outputs of {w} differ'
     sync = torch.cuda.synchronize if s.device == 'cuda' else None
-    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart} | ({'peaks': {w: peak_of(runs[w]) for w in s.ways}} if sync else {})      # each has run once
+    return {'seconds': harness.interleaved(runs, s.repeats, warm=0, sync=sync, most=s.most, clock=time.perf_counter if sync else CLOCK), 'apart': apart, 'misses': misses} | ({'peaks': {w: peak_of(runs[w]) for w in s.ways}} if sync else {})      # each has run once
 
 
 def peak_of(run):
@@ -177,7 +189,7 @@ def memory(s, way):
 def row(s, results):
     timed, peaks, found = results[0], results[0].get('peaks') or dict(zip(s['ways'], results[1:])), harness.against(results[0]['seconds'])
     for w in s['ways']:
-        found[w] |= peaks[w] | {'memory_ratio': peaks[w]['peak_mb']/peaks[s['ways'][0]]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[s['ways'][0]]['rise_mb'], 'apart': timed['apart'].get(w)}
+        found[w] |= peaks[w] | {'memory_ratio': peaks[w]['peak_mb']/peaks[s['ways'][0]]['peak_mb'], 'rise_ratio': peaks[w]['rise_mb']/peaks[s['ways'][0]]['rise_mb'], 'apart': timed['apart'].get(w)} | ({'misses': timed['misses'][w]} if w in timed.get('misses', ()) else {})
     return {'encoder': s['encoder'], 'size': s['size'], 'task': s['task'], **({'dtype': s['dtype'], 'batch': s['batch']} if s['device'] == 'cuda' else {}), 'ways': found}
 
 

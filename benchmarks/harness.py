@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+LIMIT = 'seconds after which nothing more is begun: what has been measured by then is written'
+
 # ---- options, machine, results
 
 def options(doc, file, argv=None, quick=None, add=None):
@@ -172,12 +174,12 @@ def load(file):
     return module
 
 
-def apart(file, calls):
+def apart(file, calls, limit=None):
     """Results of `calls`, a list of (name of a function of the benchmark `file`, keyword arguments), each run in a process of its own, one after the other.
 
-    A fresh interpreter imports the file, runs its `ready()` where it has one, and forks for every call: imports are paid once and weigh the same in all. `RuntimeError` if one of them fails.
+    A fresh interpreter imports the file, runs its `ready()` where it has one, and forks for every call: imports are paid once and weigh the same in all. No call begins after `limit` seconds: None stands for its result. `RuntimeError` if one of them fails.
     """
-    done = subprocess.run([sys.executable, __file__, str(file)], input=json.dumps(calls), stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, __file__, str(file)], input=json.dumps([calls, limit]), stdout=subprocess.PIPE, text=True)
     if done.returncode: raise RuntimeError(f'{Path(file).name}: a measure failed (see above)')
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -203,14 +205,16 @@ def _forked(function, kw):
 
 def _serve(file):
     "The other end of `apart`: calls from standard input, results as the last line of standard output."
-    calls, sys.stdout = json.load(sys.stdin), sys.stderr            # what a measure prints must not mix with the results
+    begun, (calls, limit), sys.stdout = time.perf_counter(), json.load(sys.stdin), sys.stderr            # what a measure prints must not mix with the results
     sys.path.insert(0, str(Path(file).parent))
     sys.modules['harness'] = sys.modules['__main__']
     module = load(file)
     getattr(module, 'ready', lambda: None)()
     results = []
     for name, kw in calls:
-        start = time.perf_counter(); results.append(_forked(getattr(module, name), kw))
+        start = time.perf_counter()
+        if limit is not None and start - begun > limit: results.append(None); continue
+        results.append(_forked(getattr(module, name), kw))
         print(f'{name} {kw}: {time.perf_counter() - start:.1f} s', flush=True)
     sys.__stdout__.write(json.dumps(results) + '\n')
 

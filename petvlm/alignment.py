@@ -152,7 +152,7 @@ def masses(self: AttentionMass) -> tuple[Tensor, Tensor]:
     mean = torch.stack(list(self.records.values())).mean(0)
     return mean[:, :-1], mean[:, -1]
 
-# %% ../nbs/16_alignment.ipynb #f2fbf5d2
+# %% ../nbs/16_alignment.ipynb #d1865e3c
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward   # what SDPA calls on a CPU
 
 def _padded(x: Tensor, beside: Tensor | None, heads: int) -> Tensor:
@@ -168,6 +168,7 @@ def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
     "A mask that is added to the logits, from a bool one."
     return mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
 
+# %% ../nbs/16_alignment.ipynb #a30d6453
 class _MassOnCPU(torch.autograd.Function):
     "Attention (B, S, H, d) of queries (B, H, S, d), keys and values (B, H_kv, S, d), and masses (B, R + 1): `channels` (B, 1, S, R + 1) forward, one channel back."
     @staticmethod
@@ -211,13 +212,13 @@ def strip(self: AttentionMass):
     if not hasattr(self, '_strip'): self._strip = strip_of(self.channels[:, 0], self.weights)
     return self._strip
 
-BESIDE = ('cuda',)     # devices whose masses come from beside the kernel
+BESIDE = {'cuda': 3072}     # devices whose masses come from beside the kernel, and from how many tokens on
 
 def _beside(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0., position_bias=None, softcap=None, **kw):
     "The kernel in `petvlm.imagemass.KERNELS` beside which masses are found; None where attention is not plain, a mask stands in the way, or types differ."
     on = query.device.type
     types = {torch.get_autocast_dtype(on)} if torch.is_autocast_enabled(on) else {x.dtype for x in (query, key, value)}
-    plain = on in BESIDE and mask is None and not dropout and position_bias is None and softcap is None and len(types) == 1 and torch.float16 not in types and query.shape == value.shape[:1] + query.shape[1:3] + value.shape[-1:]
+    plain = query.shape[2] >= BESIDE.get(on, math.inf) and mask is None and not dropout and position_bias is None and softcap is None and len(types) == 1 and torch.float16 not in types and query.shape == value.shape[:1] + query.shape[1:3] + value.shape[-1:]
     return kernel_for(query.to(*types), mask, causal, scale) if plain else None
 
 # %% ../nbs/16_alignment.ipynb #c947a936

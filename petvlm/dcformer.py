@@ -8,7 +8,7 @@ import math
 from itertools import pairwise, zip_longest
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from .axialkernels import axial_norm, axial_sum, usable
+from .axialkernels import axial_sum, usable
 from .stem import EncoderError, check_size, replayed
 from .tokens import Tokens
 
@@ -44,7 +44,7 @@ def along_axis(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, stride
     return flat(x.transpose(1, 2).flatten(0, 1), 2, 3).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 # %% ../nbs/11a_dcformer.ipynb #48791759
-KERNELS = True   # whether `petvlm.axialkernels` may be used where it can be
+KERNELS = True   # whether `petvlm.axialkernels` may be used where it can
 
 def folded(conv: nn.Conv3d, norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     "Weight and bias of a convolution that does what `conv` and then `norm` with its running statistics do."
@@ -64,31 +64,17 @@ class AxialConv(nn.Module):
                                                 nn.BatchNorm3d(out_dim)) for axis in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        norms, fused = [norm for _, norm in self.axes], self.fused(x)
-        if fused and torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))     # as a convolution would
-        if any(norm.training for norm in norms):
-            if fused and all(norm.training and type(norm) is nn.BatchNorm3d for norm in norms): return self._normed(x)
+        if any(norm.training for _, norm in self.axes):
             return sum(norm(along_axis(x, conv.weight, conv.bias, axis, self.stride, self.groups)) for axis, (conv, norm) in enumerate(self.axes))
         weights, biases = zip(*(folded(conv, norm) for conv, norm in self.axes))
-        if fused: return axial_sum(x, weights, sum(biases))
+        if self.fused(x):
+            if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))     # as a convolution would
+            return axial_sum(x, weights, sum(biases))
         return sum(along_axis(x, w, sum(biases) if axis == 0 else None, axis, self.stride, self.groups) for axis, w in enumerate(weights))
 
     def fused(self, x: Tensor) -> bool:
-        "Whether the three go through `petvlm.axialkernels`: depthwise, without a stride, where those kernels run."
-        return KERNELS and self.groups == x.shape[1] == self.axes[0][0].out_channels and self.stride == 1 and x.shape[0]*x.shape[1] < 2**16 and usable(x)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        "In training mode by `axial_norm`; running statistics as `nn.BatchNorm3d` keeps them."
-        convs, norms = zip(*self.axes)
-        y, means, variances = axial_norm(x, [c.weight for c in convs], [c.bias for c in convs], [n.weight for n in norms], [n.bias for n in norms], norms[0].eps)
-        count = x.numel()//x.shape[1]
-        with torch.no_grad():
-            for norm, mean, var in zip(norms, means, variances):
-                if norm.running_mean is None: continue
-                if norm.num_batches_tracked is not None: norm.num_batches_tracked += 1
-                by = norm.momentum if norm.momentum is not None else 1/float(norm.num_batches_tracked)
-                norm.running_mean.lerp_(mean.to(norm.running_mean), by); norm.running_var.lerp_((var*(count/max(count - 1, 1))).to(norm.running_var), by)
-        return y
+        "Whether the three, with folded norms, go through `petvlm.axialkernels`: depthwise, without a stride, where that kernel runs."
+        return KERNELS and self.groups == x.shape[1] == self.axes[0][0].out_channels and self.stride == 1 and x.shape[0]*x.shape[1] < 2**16 and usable(x, *self.parameters())
 
 # %% ../nbs/11a_dcformer.ipynb #a3c08f63
 class ConvBlock(nn.Module):
@@ -105,11 +91,12 @@ class ConvBlock(nn.Module):
         y = self.scale*self.mlp(self.conv(x).movedim(1, -1))
         return x + y.movedim(-1, 1)
 
-# %% ../nbs/11a_dcformer.ipynb #9637c735
+# %% ../nbs/11a_dcformer.ipynb #58a52107
 SIZES = {  # widths of stem and stages, blocks per stage; from the published code, the larger ones checked by their parameter counts
     'nano': ((32, 32, 64, 128, 256), (1, 1, 1, 1)), 'naive': ((32, 64, 128, 256, 512), (2, 2, 2, 2)), 'tiny': ((64, 96, 192, 384, 768), (2, 3, 3, 2)),
     'small': ((64, 96, 192, 384, 768), (2, 3, 6, 2)), 'base': ((64, 128, 256, 512, 1024), (2, 6, 6, 2)), 'large': ((64, 256, 512, 1024, 2048), (2, 6, 12, 2))}
 
+# %% ../nbs/11a_dcformer.ipynb #dd01607b
 class DCFormer(nn.Module):
     """`(B, channels, D, H, W)`, scaled to [0, 1] -> `Tokens` of the last stage; `states` gives all of them.
 

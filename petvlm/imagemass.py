@@ -50,7 +50,7 @@ def kernel_for(query: Tensor, mask: Tensor | None, causal: bool, scale: float) -
     found = query.device.type, SDPBackend(torch._fused_sdp_choice(query, query, query, mask, 0., causal, scale=scale))
     return found if found in KERNELS and query.shape[-1] % 8 == 0 else None
 
-# %% ../nbs/15e_imagemass.ipynb #95097221
+# %% ../nbs/15e_imagemass.ipynb #9f94fc57
 class Strip(NamedTuple):
     "Which queries look at which keys: `asked` (B, Q) and `places` (B, T) positions, `weights` (B, Q) of the queries (0: not asked), `channels` (B, T, C) indicators of the keys."
     asked: Tensor
@@ -64,6 +64,7 @@ def strip_of(channels: Tensor, weights: Tensor) -> Strip:
     asked, places = chosen(weights > 0), chosen(channels[..., -1] > 0)
     return Strip(asked, places, weights.gather(1, asked).contiguous(), channels.gather(1, places[..., None].expand(-1, -1, channels.shape[-1])).float().contiguous())
 
+# %% ../nbs/15e_imagemass.ipynb #9a625ca8
 def _at(x: Tensor, places: Tensor) -> Tensor: return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
 def _strip(q: Tensor, k: Tensor, lse: Tensor, s: Strip, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -87,6 +88,7 @@ def seen_plain(q: Tensor, k: Tensor, lse: Tensor, s: Strip, bias, causal: bool, 
     qs, ks, ls = _at(q, s.asked), _at(k, s.places), lse.gather(2, s.asked[:, None].expand(-1, h, -1))
     return torch.cat([_strip(qs[:, i], ks[:, i.start//group:i.stop//group].repeat_interleave(group, 1), ls[:, i], s, bias, causal, scale) @ s.channels[:, None] for i in _heads(h, group, len(q)*qs.shape[2]*ks.shape[2])], 1)
 
+# %% ../nbs/15e_imagemass.ipynb #2e9e8bea
 def pull_plain(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, lse: Tensor, s: Strip, pull: Tensor, bias, causal: bool, scale: float) -> None:
     "Add to `dq` and `dk`, in place, what `A*pull` gives them: `pull` (B, T) per key, the queries' weights over H per query."
     h, group = q.shape[1], q.shape[1]//k.shape[1]
@@ -98,7 +100,7 @@ def pull_plain(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, lse: Tensor, s: Str
         for x, at, add in ((dq[:, i], s.asked, ds @ kk.float()), (dk[:, j], s.places, (ds.transpose(2, 3) @ qq.float()).unflatten(1, (-1, group)).sum(2))):
             x.scatter_(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]), (_at(x, at).float() + add).to(x))
 
-# %% ../nbs/15e_imagemass.ipynb #ccbc6934
+# %% ../nbs/15e_imagemass.ipynb #c0ee8564
 if triton is not None:
     @triton.jit
     def _tile(q, K, ids, where, live, ok_t, d, D: tl.constexpr, kb, ks, lse, scale, CAUSAL: tl.constexpr):
@@ -126,6 +128,8 @@ if triton is not None:
             out += tl.dot(a.to(q.dtype), ch.to(q.dtype), input_precision='ieee')
         tl.store(Out + ((b*H + h)*nq + m)[:, None]*C + c[None], out, mask=(m < nq)[:, None] & (c < C)[None])
 
+# %% ../nbs/15e_imagemass.ipynb #6b493f12
+if triton is not None:
     @triton.jit
     def _pull_q(DQ, Q, K, L, Asked, Places, Weights, Pull, xb, xh, xs, qb, qh, qs, kb, kh, ks, lb, lh, nq, nt, H, group, scale, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr):
         b, h, m = tl.program_id(1)//H, tl.program_id(1) % H, tl.program_id(0)*BQ + tl.arange(0, BQ)
@@ -191,7 +195,7 @@ def pull_triton(dq, dk, q, k, lse, s: Strip, pull, causal, scale) -> None:
     _pull_q[(triton.cdiv(nq, z['BQ']), b*h)](dq, *rest, *_strided(dq, q, k), *lse.stride()[:2], nq, nt, h, h//kv, scale, **z)
     _pull_k[(triton.cdiv(nt, z['BT']), b*kv)](dk, *rest, *_strided(dk, q, k), *lse.stride()[:2], nq, nt, h, h//kv, scale, **z)
 
-# %% ../nbs/15e_imagemass.ipynb #2bbb2ab2
+# %% ../nbs/15e_imagemass.ipynb #27d28d78
 LEAST = {torch.bfloat16: 2.**-12, torch.float16: 2.**-12, torch.float32: 2.**-20}   # what part of D may be added to a gradient without being seen
 
 def pulled_output(out: Tensor, d_out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,6 +211,7 @@ def pulled_output(out: Tensor, d_out: Tensor, more: Tensor) -> tuple[Tensor, Ten
     new[..., 0] = torch.where(pulls, (first*out[..., 0].float() + more)/torch.where(pulls, other, 1.), new[..., 0].float()).to(out)
     return new, d_new
 
+# %% ../nbs/15e_imagemass.ipynb #8ef2f06d
 class _WithMass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, asked, places, weights, channels, bias, causal, scale, kernel):
@@ -243,6 +248,7 @@ class _WithMass(torch.autograd.Function):
             (pull_triton(dq, dk, query, key, flat, s, pull, causal, scale) if by_triton(query, bias) else pull_plain(dq, dk, query, key, flat, s, pull, bias, causal, scale))
         return (dq, dk, dv, *[None]*8)
 
+# %% ../nbs/15e_imagemass.ipynb #b1720088
 def with_mass(query: Tensor, key: Tensor, value: Tensor, strip: Strip, bias: Tensor | None, causal: bool, scale: float, kernel) -> tuple[Tensor, Tensor]:
     """Attention (B, H, S, d) of queries (B, H, S, d), keys and values (B, H_kv, S, d), and masses (B, C): of every channel, averaged over heads and, by their weights, over the asked queries. `bias` is added to the logits, (B or 1, H or 1, S, S) or None; `kernel` from `kernel_for`."""
     on = query.device.type

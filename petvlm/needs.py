@@ -20,10 +20,10 @@ __all__ = ['PREPARED_BY', 'RUN_BY', 'TRAINED_BY', 'EVALUATED_BY', 'IN_NAME_ONLY'
 PREPARED_BY = ('files', 'volume', 'findings', 'dicomfile', 'multiframe', 'archive', 'series', 'geometry', 'dicom', 'petheaders', 'rawheader', 'bodysize', 'nuclides', 'petclock', 'suv', 'wording', 'lexicon', 'reports', 'canvas', 'anatomy', 'implants',
                'dicomwrite', 'phantom', 'sources', 'tasks', 'prepare', 'layouts', 'own', 'items')
 RUN_BY = ('m3dvqa', 'datasets', 'tokens', 'codebook', 'stem', 'slots', 'language', 'r2gen', 'vlm', 'processor')
-TRAINED_BY = (*RUN_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
+TRAINED_BY = (*RUN_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'imagemass', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
 EVALUATED_BY = (*RUN_BY, 'reports', 'lesiontext', 'generate', 'embed', 'words', 'metrics', 'metric_bleu', 'metric_rouge', 'metric_bertscore', 'metric_meteor', 'metric_cider', 'retrieval', 'pairs', 'facts', 'lesionfacts', 'weights', 'evaluate')
 IN_NAME_ONLY = {'linear': 'projectors', 'mlp': 'projectors', 'norm_linear': 'projectors', 'relu_linear': 'projectors', 'streams': 'projectors', 'dual_mlp': 'mixers', 'mixer': 'mixers', 'perceiver': 'perceiver'}   # projectors are made by functions of `slots`
-STANDS_ON = {'vit2d': ('encoders',), 'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('encoders', 'fusion')}   # what a model's module imports of other models' modules; a test reads the imports
+STANDS_ON = {'dcformer': ('axialkernels',), 'vit2d': ('encoders',), 'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('encoders', 'fusion')}   # what a model's module imports of other models' modules; a test reads the imports
 
 # %% ../nbs/37_needs.ipynb #709c9687
 def models_of(cfg: Config) -> tuple[str, ...]:

@@ -206,9 +206,9 @@ def test_channels_through_sdpa_equal_eager_maps(kv_heads, padding, through_sdpa)
     same(run(tiny('mistral', 'petvlm_mass', kv_heads), batch(padding)), run(tiny('mistral', 'eager', kv_heads), batch(padding), maps=True))
 
 
-def beside(kv_heads, monkeypatch, data, implementation='petvlm_mass'):
+def beside(kv_heads, monkeypatch, data, least=0, implementation='petvlm_mass'):
     "As on a GPU: masses from beside the kernel, heads 16 wide (kernels want a multiple of 8)."
-    monkeypatch.setattr(alignment, 'BESIDE', ('cpu', 'cuda'))
+    monkeypatch.setattr(alignment, 'BESIDE', {'cpu': least})
     seen, own = [], alignment.with_mass
     monkeypatch.setattr(alignment, 'with_mass', lambda *a: seen.append(a) or own(*a))
     return run(tiny('mistral', implementation, kv_heads, hidden_size=64), data), len(seen)
@@ -225,6 +225,13 @@ def test_a_mask_keeps_the_channels_in_the_kernel(through_sdpa, monkeypatch):
     ours, layers = beside(2, monkeypatch, batch('left'))
     assert layers == 0
     same(ours, run(tiny('mistral', 'eager', 2, hidden_size=64), batch('left'), maps=True))
+
+
+@pytest.mark.parametrize('least, layers', [(S, 3), (S + 1, 0)])
+def test_short_sequences_keep_the_channels_in_the_kernel(least, layers, through_sdpa, monkeypatch):
+    ours, ran = beside(2, monkeypatch, batch('none'), least)
+    assert ran == layers
+    same(ours, run(tiny('mistral', 'eager', 2, hidden_size=64), batch('none'), maps=True))
 
 
 def test_beside_the_kernel_an_image_behind_its_questions_is_not_seen(through_sdpa, monkeypatch):

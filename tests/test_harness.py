@@ -49,6 +49,10 @@ def test_each_measure_has_a_process_of_its_own_and_imports_are_shared(bench):
     assert one != two and said == [1, 'imported']
     assert 55 < grown['rise_mb'] < 75 and grown['peak_mb'] == pytest.approx(grown['start_mb'] + grown['rise_mb'])
 
+def test_nothing_begins_after_the_limit_and_what_was_measured_is_kept(bench):
+    assert harness.apart(bench, [('pid', {'add': 1})], limit=-1) == [None]
+    assert harness.apart(bench, [('pid', {'add': 1})], limit=600)[0][1] == 1
+
 def test_a_measure_that_fails_says_so(bench, capfd):
     with pytest.raises(RuntimeError, match='bench.py'): harness.apart(bench, [('fail', {})])
     assert 'seven' in capfd.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from petvlm.config import Paths, load_params, resolve
 from petvlm.graph import chain, plan
-from petvlm.needs import EVALUATED_BY, IN_NAME_ONLY, STANDS_ON, TRAINED_BY, models_of, write_needs
+from petvlm.needs import EVALUATED_BY, IN_NAME_ONLY, RUN_BY, STANDS_ON, TRAINED_BY, models_of, write_needs
 from petvlm.slots import PROJECTORS, SLOTS
 from test_layers import ORDER, ROOT, imports
 
@@ -15,7 +15,8 @@ def closure(module: str) -> set[str]:
         found |= new; todo += new
     return found
 
-MODELS = {c.__module__.rpartition('.')[2] for slot in ('encode', 'fuse', 'pool') for c in SLOTS[slot].values()} | set(IN_NAME_ONLY.values())
+NAMED = {c.__module__.rpartition('.')[2] for slot in ('encode', 'fuse', 'pool') for c in SLOTS[slot].values()} | set(IN_NAME_ONLY.values())   # by a configuration
+MODELS = {m for m, n in ORDER.items() if '10' <= n < '14'} - set(RUN_BY)    # those, and what only they stand on
 INPUTS_ONLY = {m for m, n in ORDER.items() if n < '09'}                   # studies and rows: a step reads them as prepared data
 PUBLISHED = {'checkpoints', 'folders'}                                    # published weights, which say themselves what was read (their audit)
 
@@ -27,13 +28,14 @@ def test_an_evaluation_depends_on_everything_it_imports():
     assert judged - {'endpoint'} <= set(EVALUATED_BY)
 
 def test_models_stand_on_what_they_import():
+    assert MODELS == NAMED | {m for parts in STANDS_ON.values() for m in parts}
     assert {m: tuple(sorted(imports(ROOT/f'petvlm/{m}.py') & MODELS)) for m in MODELS if imports(ROOT/f'petvlm/{m}.py') & MODELS} == {k: tuple(sorted(v)) for k, v in STANDS_ON.items()}
     assert set(IN_NAME_ONLY) == set(PROJECTORS)
 
 @pytest.mark.parametrize('point', ['vipet', 'med3dvlm', 'petar', 'content_topic'])
 def test_of_the_models_only_those_in_use(point):
     used = set(models_of(resolve(point, 'phantom')))
-    assert used <= MODELS and used != MODELS and ('dcformer' in used) == (point == 'med3dvlm') and ('content_topic' in used) == (point == 'content_topic')
+    assert used <= MODELS and used != MODELS and ('dcformer' in used) == ('axialkernels' in used) == (point == 'med3dvlm') and ('content_topic' in used) == (point == 'content_topic')
 
 def test_the_same_bytes_twice_and_a_whole_folder(tmp_path):
     (tmp_path/'petvlm').symlink_to(ROOT/'petvlm')
