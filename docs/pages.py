@@ -85,7 +85,7 @@ def still(output) -> dict | None:
     "An output without what needs a kernel: a widget gives way to its picture, a progress bar to nothing."
     if WIDGET not in output.get('data', {}): return output
     data = {k: v for k, v in output.data.items() if k != WIDGET}
-    return output | {'data': data} if set(data) - {'text/plain'} else None
+    return nbformat.from_dict(output | {'data': data}) if set(data) - {'text/plain'} else None
 
 def page(nb, here: str, to: dict[str, str], note: str = ''):
     "The notebook as a page: without hidden cells, directives and widgets, with links, and `note` below its summary."
