@@ -115,6 +115,7 @@ def main(argv=None):
             width, kernel, size = STAGES[s['stage']]
             rows.append({'layer': f"depthwise, stage {s['stage']}", 'channels': width, 'kernel': kernel, 'lattice': list(size), 'batch': s['batch'], 'type': s['dtype'], 'task': task, 'ways': ways, 'apart': same[task], 'triton': same['triton']})
     if a.check: return
+    if not rows: raise SystemExit(f'nothing was measured within {a.limit} s')
     harness.show([{'stage': r['layer'][-1], 'type': r['type'], 'task': r['task'], 'way': w, **v} for r in rows for w, v in r['ways'].items()],
                  {'stage': 's', 'type': 's', 'task': 's', 'way': 's', 'seconds': '.6f', 'time_ratio': '.3f', 'ratio_min': '.3f', 'ratio_max': '.3f', 'rise_mb': '.1f'})
     harness.write(a, "DCFormer's depthwise convolutions, layer by layer", rows)

@@ -225,6 +225,7 @@ def main_card(a):
     try: _, *found = harness.apart(__file__, [('make', {'folder': room, 'shape': shape, 'regions': a.regions, 'peers': False}), *(('card', base | x) for x in asked)], a.limit)
     finally: shutil.rmtree(room)
     rows = [{'way': 'petvlm', **x, **f} for x, f in zip(asked, found) if f]
+    if not rows: raise SystemExit(f'nothing was measured within {a.limit} s')
     size = ' x '.join(map(str, shape))
     told = lambda r: f"{r['workers']} workers, {'pinned, copied ahead' if r['pinned'] else 'pageable'}{', standardised on the card' if r['way'] == 'halves' else ''}"
     named = lambda s: 'DCFormer on PET and CT, forward and backward' if s == 'encode' else f'{s:g} s an item of matrix products'
