@@ -54,7 +54,7 @@ def plan_text(params: dict) -> str:
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
         cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'needs': f'{runs}/needs/{cfg.system}/evaluate/{point}.json'}
     head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
-    return head + yaml.safe_dump({'setups': {resolve(p, params=params).system: {} for p in points}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
+    return head + yaml.safe_dump({'setups': {spec['system']: {} for spec in params['points'].values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
 def write_plan(scale: str = '') -> None:
     "Bring `nbs/pipeline/plan.yaml` in step with `params.yaml`."

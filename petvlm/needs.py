@@ -45,7 +45,7 @@ def prepare_needs(cfg: Config, params: dict, root: Path) -> dict:
 def train_needs(node: str, nodes: dict[str, dict], cfg: Config, root: Path) -> dict:
     "What the training of `node` depends on beside the prepared data and the nodes it stands on. `key` is `petvlm.graph.chain`'s; the rest says what is in it."
     stage = cfg.stages[nodes[node]['stage']]
-    return {'node': node, 'key': chain(cfg)[stage.name], 'after': nodes[node]['after'], 'seed': cfg.seed, 'scale': cfg.scale, 'data': cfg.data, 'stage': stage, 'settings': {k: v for k, v in settings_of(cfg, stage).items()},
+    return {'node': node, 'key': chain(cfg)[stage.name], 'after': nodes[node]['after'], 'seed': cfg.seed, 'scale': cfg.scale, 'data': cfg.data, 'stage': stage, 'settings': settings_of(cfg, stage),
             'lora': cfg.lora if stage.lora else None, 'probe': cfg.evaluation.max_new_tokens, 'code': hashes((*TRAINED_BY, *models_of(cfg)), root)}
 
 def evaluate_needs(point: str, cfg: Config, root: Path) -> dict:
