@@ -8,7 +8,7 @@ import dataclasses, hashlib, json, shutil
 from collections.abc import Iterable
 from pathlib import Path
 from .config import Config, Paths, load_params, paths, resolve
-from .graph import chain, last_nodes, path_to, plan, settings_of
+from .graph import chain, plan, settings_of
 from .rows import kind_of
 from .slots import SLOTS
 
