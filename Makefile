@@ -1,6 +1,7 @@
-# make repro            environment + data + every table of the paper, at the scale named in params.yaml
+# make env              .venv with the pinned versions; every other target makes it first
+# make repro            data + every table of the papers, at the scale named in params.yaml
 # make repro SCALE=smoke   the same path, too short to learn anything
-# make test             environment + every test (notebooks, package = notebooks, pipeline at smoke scale)
+# make test             every test that is not slow (notebooks, package = notebooks, pipeline at smoke scale); make test-slow: the others
 # make fuzz             20,000 damaged inputs: right, refused, wrong, crashed, hung (two minutes)
 # make bench            every benchmark beside its peer, and benchmarks/README.md (BENCH="--quick data" for a look at one)
 # make tables           every table, the lesions, the claims and the summary page again, from the results that are there
@@ -8,11 +9,13 @@
 # make figures          the papers' figures again, from the results that are there
 # make lab              JupyterLab
 # make docs             notebooks, how-tos and a page per module as HTML in _docs/, which opens from disk without network
-# make study DICOM=folder  a real PET/CT folder -> one HTML page
+# make study DICOM=folder  a real PET/CT folder -> one HTML page, with a draft of POINT (vipet)
+# make clean            deletes what was trained (runs, reports)
 PYTHON ?= python3
 VENV   ?= .venv
 SCALE  ?=
 DICOM  ?=
+POINT  ?=
 INPUTS ?= 20000
 BENCH  ?=
 BIN     = $(abspath $(VENV))/bin
@@ -77,7 +80,7 @@ docs: env
 
 study: env
 	@test -n "$(DICOM)" || { echo "usage: make study DICOM=<folder with a PET and a CT series>"; exit 2; }
-	$(BIN)/python -m petvlm.cli study "$(DICOM)"
+	$(BIN)/python -m petvlm.cli study "$(DICOM)" $(if $(POINT),--point $(POINT))
 
 lock: env
 	$(BIN)/python -m petvlm.cli lock

@@ -175,12 +175,18 @@ def stage(folder: Path) -> None:
     shutil.copytree(NBS/'images', folder/'images', dirs_exist_ok=True)
 
 def live(path: Path) -> None:
-    "A digital patient as a page of its own, unless it is there."
-    if path.exists(): return
+    "A digital patient as a page of its own, unless it is there and newer than all that could draw it."
+    newest = max(p.stat().st_mtime for p in (ROOT/'petvlm').rglob('*') if p.suffix in ('.py', '.js', '.css'))
+    if path.exists() and path.stat().st_mtime >= newest: return
     from petvlm.offline import export_html
     from petvlm.phantom import draw, sample_patient
     path.parent.mkdir(parents=True, exist_ok=True)
     export_html(draw(sample_patient(PATIENT), reports=True), path, title='A digital patient', reports=True)
+
+def orphans(html: Path) -> list[Path]:
+    "Pages below `html` whose source is gone, which Sphinx leaves lying."
+    wanted = {str(Path(n).with_suffix('.html')) for n, _ in sources()} | {'genindex.html', 'search.html', 'py-modindex.html', 'live/phantom.html'}
+    return [p for p in html.rglob('*.html') if '_static' not in p.parts and str(p.relative_to(html)) not in wanted]
 
 def build() -> int:
     "Stage, then Sphinx; every warning is an error. Returns Sphinx's exit code."
@@ -188,7 +194,9 @@ def build() -> int:
     source = WORK/'source'; source.mkdir(parents=True, exist_ok=True)
     stage(source); live(source/'_extra/live/phantom.html')
     code = subprocess.call([sys.executable, '-m', 'sphinx', '-b', 'html', '-j', '2', '-W', '--keep-going', '-q', '-d', str(WORK/'doctrees'), str(source), str(WORK/'html')], cwd=ROOT)
-    if not code:                                        # MyST-NB writes its copies beside the folder that it is given: so that is below build/
+    if not code:
+        for page in orphans(WORK/'html'): page.unlink()
+        # MyST-NB writes its copies beside the folder that it is given: so that is below build/
         shutil.rmtree(OUT, ignore_errors=True); shutil.copytree(WORK/'html', OUT)
         sys.stdout.write(f'{OUT/"index.html"}: {sum(1 for _ in OUT.rglob("*.html"))} pages in {time.perf_counter() - start:.0f} s\n')
     return code

@@ -208,9 +208,13 @@ def scored(reports: pd.DataFrame, cases: Sequence[Case], metrics: Sequence[str] 
     return reports.assign(**score_each(texts, references, tuple(metrics), tokenizer), **finding_f1_each(texts, truths, language), **extra)
 
 # %% ../nbs/31c_believe.ipynb #5bf67255
+def _right(table: pd.DataFrame, metric: str, words: int) -> pd.Series:
+    "Case -> what its right report in `words` scores."
+    return table[(table['kind'] == 'none') & (table['words'] == words)].set_index('case')[metric]
+
 def _lower(table: pd.DataFrame, wrong: pd.DataFrame, metric: str, words: int) -> float:
     "Share of `wrong` reports that score lower than the right one of their case in `words`; nan without any."
-    right = table[(table['kind'] == 'none') & (table['words'] == words)].set_index('case')[metric]
+    right = _right(table, metric, words)
     return float((wrong[metric].to_numpy() < right.loc[wrong['case']].to_numpy() - 1e-9).mean()) if len(wrong) else np.nan
 
 def _ladders(table: pd.DataFrame, kinds: Sequence[str], most: int) -> pd.DataFrame:
@@ -226,13 +230,13 @@ def _believed(table: pd.DataFrame, metric: str, kind: str, kinds: Sequence[str],
     rho = _estimate(steps['errors'].to_numpy(float), steps[metric].to_numpy(float), w)
     return {'severity': SEVERITY, 'metric': metric, 'kind': kind, **rho, 'ladders': int((steps['errors'] == most).sum()),
             'same_words': _lower(table, one, metric, 1), 'detected': _lower(table, one, metric, 2), 'copied': _lower(table, copy, metric, 2),
-            'score': float(one[metric].mean()), 'score_right': float(table[(table['kind'] == 'none') & (table['words'] == 1)][metric].mean()), 'reports': len(one)}
+            'score': float(one[metric].mean()), 'score_right': _right(table, metric, 1).loc[one['case']].mean(), 'reports': len(one)}
 
 def injected_table(cases: Sequence[Case], kinds: Sequence[str] = ERRORS, metrics: Sequence[str] = TEXT_METRICS, most: int = 3, language: str = 'vi',
                    tokenizer: str = 'unicode', n: int = 2000, seed: int = 0, more: Mapping[str, Callable[[list[str], list[str]], np.ndarray]] | None = None) -> pd.DataFrame:
     """How each metric (`metrics`, those of `more`, and `FINDING_F1`) sees injected errors; a stand-in for physicians, and `severity` says so. One row per metric and kind of error, 'all' of them together, and 'all_normal', a report that finds nothing.
     `rho`, `lo`, `hi`: Spearman's rho between number of errors (0 to `most`) and metric, 95 % over cases; the nearer to -1, the better; over the `ladders`, the cases and kinds with room for `most` errors (nan without any: lower `most`). `same_words`, `detected`, `copied` (0 to 1): shares of reports with one error that score strictly lower than the
-    right report in the same words; in other words; and, for a copy of the reference with one error, than a right report in other words. `score`, `score_right`: mean percent of reports with one error and without; `reports` with one error.
+    right report in the same words; in other words; and, for a copy of the reference with one error, than a right report in other words. `score`, `score_right`: mean percent of reports with one error, and of the right reports of the same cases; `reports` with one error.
     `cases`: `(findings, region)`. Raises as `damaged` and `scored`."""
     table = scored(damaged(cases, kinds, most, language, seed), cases, metrics, language, tokenizer, more)
     groups = {'all': list(kinds)} | {k: [k] for k in kinds} | {'all_normal': ['all_normal']}

@@ -52,7 +52,8 @@ def plan_text(params: dict) -> str:
     for point in params['points']:
         ends = last_nodes(point, params)
         if len(ends) > 1: raise ConfigError(f"points.{point}: its training has {len(ends)} ends ({', '.join(ends)}); a point is evaluated after one")
-        cfg = resolve(point, params=params); points[point] = {'last': f'{runs}/train/{ends[0]}', 'data': cfg.data.name, 'needs': f'{runs}/needs/{cfg.system}/evaluate/{point}.json'}
+        cfg = resolve(point, params=params); needs = f'{runs}/needs/{cfg.system}/evaluate/{point}.json'
+        points[point] = {'last': f'{runs}/train/{ends[0]}' if ends else needs, 'data': cfg.data.name, 'needs': needs}          # a served model has no training
     head = "# Written by `make plan` from params.yaml: the training graph. DVC reads it; do not edit.\n"
     return head + yaml.safe_dump({'setups': {spec['system']: {} for spec in params['points'].values()}, 'datasets': sets, 'nodes': nodes, 'points': points}, sort_keys=False)
 
@@ -63,7 +64,7 @@ def write_plan(scale: str = '') -> None:
     text, path = plan_text(load_params(root/'params.yaml')), root/'nbs/pipeline/plan.yaml'
     if not path.exists() or path.read_text(encoding='utf-8') != text: path.write_text(text, encoding='utf-8')
 
-# %% ../nbs/40_cli.ipynb #41059db7
+# %% ../nbs/40_cli.ipynb #af5a36d9
 def lanes() -> int:
     "How many systems are trained side by side."
     import torch
@@ -95,6 +96,7 @@ def release(locks: Path) -> None:
     kept = {kind: {path: who for path, who in ((p, [w for w in h if lives(w)] if isinstance(h, list) else h if lives(h) else None) for p, h in entries.items()) if who} for kind, entries in held.items()}
     if kept != held: locks.write_text(json.dumps(kept), encoding='utf-8')
 
+# %% ../nbs/40_cli.ipynb #724f0bcb
 @contextmanager
 def _started(threads: int, root: Path) -> Iterator[dict[str, str]]:
     "The environment of lanes of `threads` threads. Without a card, and where stages run here, their kernels are forks (`petvlm.warm`): a process that has spoken to a card cannot be forked."

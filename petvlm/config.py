@@ -198,10 +198,21 @@ OBJECTIVES = {
     'lm': Reads(('encode.full', 'pool', 'project', 'lm'), ('encode.full', 'project', 'lm')),
     'align': Reads(('align',), ()), 'match': Reads(('project',), ('truth',))}
 
-# %% ../nbs/00_config.ipynb #a56cd3c8
+# %% ../nbs/00_config.ipynb #a477a751
+class _Once(yaml.SafeLoader): "YAML in which a key stands once: of two the first would be lost without a word."
+
+def _map(loader: _Once, node: yaml.MappingNode):
+    lines = {}
+    for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+        here = key.start_mark.line + 1
+        if key.value in lines: raise ConfigError(f"{loader.name}: found {key.value!r} in line {lines[key.value]} and again in line {here}; expected it once: put the lines of the second below the first")
+        lines[key.value] = here
+    return loader.construct_yaml_map(node)
+_Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map)
+
 def load_params(path=None) -> dict:
-    "`params.yaml` as a dictionary."
-    return yaml.safe_load(Path(path or find_root()/'params.yaml').read_text(encoding='utf-8'))
+    "`params.yaml` as a dictionary. Raises `ConfigError` for a key that stands twice."
+    with open(path or find_root()/'params.yaml', encoding='utf-8') as f: return yaml.load(f, _Once)
 
 def _pick(params: dict, section: str, name: str) -> dict:
     if name not in params[section]: raise ConfigError(f"{section}.{name}: unknown, expected one of {sorted(params[section])}")
@@ -239,6 +250,7 @@ def _spec(params: dict, point: str) -> dict:
     if points.get(point, spec) != spec: raise ConfigError(f"points.{point}: found {points[point]}, expected {spec}: a replicate is {own} with another seed and nothing else")
     return spec
 
+# %% ../nbs/00_config.ipynb #6446228e
 def resolve(point: str, scale: str | None = None, params: dict | None = None) -> Config:
     """The point `point` of `params.yaml` (of `points`, or of `offered`, which the pipeline does not run) at `scale` (its own `scale` key by default). Raises `ConfigError` naming the key.
 
@@ -274,6 +286,7 @@ class Paths:
     def figures(self) -> Path: return self.root/'figures'/self.scale
     def node(self, name: str) -> Path: return self.runs/'train'/name
     def results(self, point: str) -> Path: return self.runs/'evaluate'/point
+    def asked(self, point: str) -> Path: return self.runs/'asked'/point        # answers of served models cost money: no step of the pipeline removes them
 
 def paths(scale: str | None = None) -> Paths:
     "The `Paths` of `scale` (that of `params.yaml` by default)."

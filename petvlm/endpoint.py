@@ -170,8 +170,8 @@ def pictures(endpoint: Endpoint, rows: Rows, i: int, data: Data, arm: str = 'rea
 TASKS = ('single', 'open', 'closed')
 
 def _task(record: Mapping, question: str) -> tuple[str, str]:
-    "Which list of the record a question comes from, and its category; ('report', '') for none."
-    return next(((k, q.get('category', '')) for k in TASKS for q in record.get(k, ()) if q['question'] == question), ('report', ''))
+    "Which list of the record a question comes from, and its category; ('report', '') for none, and for the request for the whole report, which rows from outside have among their questions."
+    return next(((k, q.get('category', '')) for k in TASKS for q in record.get(k, ()) if q['question'] == question and q.get('kind') != 'report'), ('report', ''))
 
 def examples(train: Rows, record: Mapping, question: str, cfg: Config, n: int, seed) -> list[tuple[str, str]]:
     "`n` pairs (question, answer) of training patients for a question about a row, of the row's region and the question's category where there are enough."

@@ -4,19 +4,20 @@
 
 # %% ../nbs/35_evaluate.ipynb #062704e2
 from __future__ import annotations
-import dataclasses, functools, hashlib, json, logging, platform, subprocess
+import dataclasses, functools, hashlib, json, logging, platform, shutil, subprocess
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from .attention import shown_of_study
 from .config import Config, Paths, digest, resolve
 from .graph import chain, last_nodes, lineage, plan
 from .datasets import Rows, about
 from .embed import embed_images, embed_texts
 from .files import atomic
-from .facts import judge, judge_choices, judge_retrieval
+from .facts import FactError, judge, judge_choices, judge_retrieval
 from .endpoint import endpoint_writer, served
 from .findings import Finding, Study
 from .generate import ARMS, write
@@ -24,7 +25,6 @@ from .lesionfacts import lesion_scores
 from .lesiontext import insert_measured, parse_lesion
 from .m3dvqa import LETTERS, Guess, is_correct, says
 from .pairs import Pairs, thumbnail, write_pairs
-from .prepare import scaled, standardise, to_grid
 from .probe import text_of
 from .processor import PetVLMProcessor
 from .reports import report_request
@@ -36,9 +36,9 @@ from .weights import weight_hashes
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'Asked', 'arms', 'constant', 'with_measured', 'answers',
-           'number_accuracy', 'revision', 'provenance', 'card', 'trained', 'pairs_of', 'evaluate_point', 'summary',
-           'draft_report']
+__all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'OF_PET', 'Asked', 'arms', 'constant', 'with_measured',
+           'answers', 'number_accuracy', 'revision', 'sources', 'provenance', 'card', 'trained', 'pairs_of',
+           'evaluate_point', 'summary', 'draft_report']
 
 # %% ../nbs/35_evaluate.ipynb #1ef0def8
 class Asked(NamedTuple):
@@ -60,11 +60,11 @@ TASKS = (*QUESTIONS, 'retrieval')
 SINGLE = ('ct_shuffled', 'pet_only', 'ct_only')    # arms that treat PET and CT differently
 
 def arms(cfg: Config, task: str) -> list[str]:
-    "The arms that make sense for a point: all for a system itself (for lesions also its own texts with numbers measured from the mask), its own and another patient's images for an ablation; PET and CT are treated differently only where both are read; retrieval has no answer to be judged."
+    "The arms that make sense for a point: all for a system itself (for the phantom's lesions also its own texts with numbers measured from the mask), its own and another patient's images for an ablation; PET and CT are treated differently only where both are read; retrieval has no answer to be judged."
     if task == 'retrieval': return ['real']
     if cfg.ablation != 'none': return ['real', 'shuffled']
     both = len(cfg.inputs) > 1 or cfg.data.kind == 'lesions'
-    return [a for a in ARMS if both or a not in SINGLE] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions')
+    return [a for a in ARMS if both or a not in SINGLE] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions' and cfg.data.source.kind == 'phantom')      # rows of other sources hold no measurements
 
 def _offered(record: dict) -> list[dict]:
     "The closed questions of a record with their choices and right answers, as asked without choices."
@@ -83,7 +83,7 @@ def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list
 
 def with_measured(text: str, record: dict, language: str) -> str:
     "A lesion's text with its numbers measured from PET and mask. The size of an effusion stays as generated: reports give its depth, the mask its length."
-    effusion = record['findings'] and record['findings'][0]['kind'] == 'effusion'
+    effusion = parse_lesion(text, language).kind == 'effusion'                          # what the text says it is: nobody knows better who uses it
     return insert_measured(text, {k: v for k, v in record['measured'].items() if not (effusion and k == 'size_mm')}, language)
 
 def answers(speak: Callable[..., list[str]], rows: Rows, cfg: Config, task: str, questions: list[Asked], arm: str) -> list[str]:
@@ -96,9 +96,10 @@ def answers(speak: Callable[..., list[str]], rows: Rows, cfg: Config, task: str,
 NUMBERS = {'suvmax': lambda x, y: abs(x - y) <= .1*y, 'size_mm': lambda x, y: abs(x - y) <= 3, 'slice': lambda x, y: abs(x - y) <= 1}
 
 def number_accuracy(texts: list[str], truth: list[list[Finding]], voxels: list[dict], patients: list[str], language: str, **often) -> dict:
-    """`suvmax.accuracy`, `size_mm.accuracy` and `slice.accuracy` of lesion texts against the findings, `<number>_voxels.accuracy` against what was measured in the mask (`voxels`: name -> number of each text), as `judge_choices` gives them; a number that is not stated is wrong."""
+    """`suvmax.accuracy`, `size_mm.accuracy` and `slice.accuracy` of lesion texts against the findings, `<number>_voxels.accuracy` against what was measured in the mask (`voxels`: name -> number of each text; an effusion's mask tells its length, which reports do not give), as `judge_choices` gives them; a number that is not stated is wrong. Empty where nothing has a number."""
     asked = [(k + kind, k, p, getattr(parse_lesion(t, language), k), true) for t, fs, v, p in zip(texts, truth, voxels, patients) for f in fs for k in NUMBERS
-             for kind, true in (('', getattr(f, k)), ('_voxels', v.get(k) if getattr(f, k) is not None else None)) if true is not None]
+             for kind, true in (('', getattr(f, k)), ('_voxels', v.get(k) if getattr(f, k) is not None and not (k == 'size_mm' and f.kind == 'effusion') else None)) if true is not None]
+    if not asked: return {'metrics': {}, 'per_patient': {'patients': []}}
     judged = judge_choices([said is not None and NUMBERS[k](said, true) for _, k, _, said, true in asked], [p for _, _, p, _, _ in asked], [name for name, *_ in asked], **often)
     return {part: {k: v for k, v in judged[part].items() if k != 'mean.accuracy'} for part in ('metrics', 'per_patient')}
 
@@ -112,13 +113,17 @@ def revision(root: Path) -> str:
     if head.returncode: return 'unknown'
     return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no', 'petvlm', 'params.yaml').stdout.strip() else '')
 
+def sources() -> str:
+    "A hash of all modules of the package as they are now, committed or not."
+    return digest({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(__file__).parent.glob('*.py')})
+
 def provenance(cfg: Config, where: Paths, node: str) -> dict:
     "What a result depends on: run, data hash, parameter hash, code revision, library versions, hashes of the weights."
     data = hashlib.sha256((where.prepared(cfg.data)/'rows.jsonl').read_bytes()).hexdigest()[:12]
     return {'run': node, 'key': next(reversed(chain(cfg).values()), ''), 'data_hash': data, 'params_hash': digest(cfg), 'revision': revision(where.root),
             'python': platform.python_version(), 'versions': {p: version(p) for p in PACKAGES}, 'weights': weight_hashes(cfg, where)}
 
-# %% ../nbs/35_evaluate.ipynb #1943c88e
+# %% ../nbs/35_evaluate.ipynb #0396aa05
 def card() -> str:
     "Where a trained model answers: on the card, where there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -129,6 +134,7 @@ def trained(cfg: Config, where: Paths) -> tuple[PetVLM, PetVLMProcessor, str]:
     model, processor = load_point(cfg, where.prepared(cfg.data), [(cfg.stages[nodes[n]['stage']], where.node(n)) for n in lineage(cfg.point, scale=where.scale)])
     return model.eval().to(card()), processor, '+'.join(last_nodes(cfg.point, scale=where.scale))
 
+# %% ../nbs/35_evaluate.ipynb #a0a53464
 def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, list[dict]]:
     "The result of one arm and its predictions."
     questions = QUESTIONS[task](rows, cfg)
@@ -145,16 +151,22 @@ def _arm(speak, rows: Rows, cfg: Config, task: str, arm: str) -> tuple[dict, lis
     lines = [dict(task=task, arm=arm, patient=p, region=rows.records[q.row]['region'], question=q.question, reference=q.answer, prediction=t) for q, p, t in zip(questions, patients, texts)]
     return judged, lines
 
+OF_PET = ('lesion_clinical_tf', 'lesion_clinical_tpf', 'lesion_uptake_errors_per_patient')      # what a report of CT or radiographs alone cannot say
+
 def _beyond(texts: list[str], truth: list[list[Finding]], records: list[dict], patients: list[str], cfg: Config, **often) -> dict:
     "What sites do not tell: of one lesion its numbers, of a report lesion by lesion what is wrong with it (`petvlm.lesionfacts`)."
     if cfg.data.kind == 'lesions': return number_accuracy(texts, truth, [r['measured'] for r in records], patients, cfg.data.language, **often)
-    return lesion_scores(texts, truth, patients, cfg.data.language, **often)
+    found = lesion_scores(texts, truth, patients, cfg.data.language, **often)
+    return found if cfg.data.kind == 'regions' else found | {'metrics': {k: v for k, v in found['metrics'].items() if k not in OF_PET}}
 
 def _joined(judged: dict, more: dict) -> dict:
-    "A result with the metrics of another one beside its own; both are sums over the same patients."
-    if judged['per_patient']['patients'] != more['per_patient']['patients']: raise ValueError(f"{len(more['per_patient']['patients'])} patients have numbers, {len(judged['per_patient']['patients'])} have texts")
-    return judged | {part: judged[part] | more[part] for part in ('metrics', 'per_patient')}
+    "A result with the metrics of another one beside its own. A patient whom the other does not count (a lesion without numbers) has sums of 0 there: no sample. Raises `FactError` for a patient of the other who has no text."
+    names, own = (x['per_patient']['patients'] for x in (judged, more)); at = {p: i for i, p in enumerate(own)}
+    if lost := len(set(own) - set(names)): raise FactError(f"{lost} patients have numbers and no text; judge the same rows for both")
+    row = lambda sums, p: sums[at[p]] if p in at else [0.]*len(sums[0])
+    return judged | {'metrics': judged['metrics'] | more['metrics'], 'per_patient': judged['per_patient'] | {k: [row(sums, p) for p in names] for k, sums in more['per_patient'].items() if k != 'patients'}}
 
+# %% ../nbs/35_evaluate.ipynb #1efaddfe
 def pairs_of(model: PetVLM, processor: PetVLMProcessor, rows: Rows, view: str, cfg: Config, origin: dict) -> Pairs:
     "What the towers of `view` make of every row's image and text, with a thumbnail and a name (number, region, plane, phase) of each; nothing that names a patient but what the texts hold."
     images = [k for k in model.reads if k in rows.arrays]
@@ -168,15 +180,15 @@ def _retrieval(model, processor, rows: Rows, cfg: Config, folder: Path, source: 
     write_pairs(pairs, folder)
     return judge_retrieval(pairs.similarity, [r['patient'] for r in rows.records], (*cfg.evaluation.sizes, len(rows)), n=cfg.evaluation.bootstrap, seed=cfg.seed), []
 
+# %% ../nbs/35_evaluate.ipynb #cb0770f2
 def evaluate_point(point: str, where: Paths) -> list[dict]:
-    "Write `results.json`, `predictions.jsonl` and `parameters.json` (all that `params_hash` is of) of a trained or served point, every task and arm, and of a retrieval its pairs (`petvlm.pairs`); returns the results."
+    "Write `results.json`, `predictions.jsonl` and `parameters.json` (all that `params_hash` is of) of a trained or served point, every task and arm, and of a retrieval its pairs (`petvlm.pairs`); returns the results. Killed and called again, it goes on with the batch at which it stopped."
     cfg, folder = resolve(point, where.scale), where.results(point)
     rows, results, lines = Rows(where.prepared(cfg.data), 'test', cfg.data.suv_max), [], []
-    if served(cfg): model, processor, speak, node = None, None, endpoint_writer(cfg, folder/'asked'), f"{cfg.lm.args['model']} (served)"
-    else:
-        model, processor, node = trained(cfg, where)
-        speak = functools.partial(write, model, processor)
-    source = provenance(cfg, where, node)
+    if served(cfg): model, processor, node = None, None, f"{cfg.lm.args['model']} (served)"
+    else: model, processor, node = trained(cfg, where)
+    source = provenance(cfg, where, node); work = where.runs/'work'/f'evaluate-{point}-{digest([source, sources()])}'    # other code never goes on with these answers
+    speak = endpoint_writer(cfg, where.asked(point)) if served(cfg) else functools.partial(write, model, processor, keep=work)
     for task, arm in ((t, a) for t in cfg.evaluation.tasks for a in arms(cfg, t)):
         judged, said = _retrieval(model, processor, rows, cfg, folder, source) if task == 'retrieval' else _arm(speak, rows, cfg, task, arm)
         results.append({'point': point, 'task': task, 'arm': arm} | judged | {'provenance': source}); lines += said
@@ -184,6 +196,7 @@ def evaluate_point(point: str, where: Paths) -> list[dict]:
     tell = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     written = {'parameters.json': tell(dataclasses.asdict(cfg), indent=1), 'predictions.jsonl': '\n'.join(map(tell, lines)), 'results.json': tell(results)}
     for name, text in written.items(): atomic(folder/name, lambda p, text=text: p.write_text(text, encoding='utf-8'))
+    shutil.rmtree(work, ignore_errors=True)
     return results
 
 def summary(results: list[dict]) -> pd.DataFrame:
@@ -199,9 +212,8 @@ def draft_report(study: Study, point: str, where: Paths) -> dict[str, str]:
     if not all(where.node(n).exists() for n in last_nodes(point, scale=where.scale)): return {}
     cfg = resolve(point, where.scale)
     model, processor, _ = trained(cfg, where)
-    names, grids = zip(*((n, scaled(v, cfg.data)) for n, v in to_grid(study, cfg.data).items()))
-    with np.load(where.prepared(cfg.data)/'standard.npz') as z: usual = dict(z)
-    images = {i: torch.from_numpy(np.stack([standardise(g[i], i, usual[f'{i}.{n}'], cfg.data.suv_max) for n, g in zip(names, grids)]))[:, None].to(model.device) for i in cfg.inputs}
-    prompts = {k: v.to(model.device) for k, v in processor.prompts([report_request(np.random.default_rng(0), cfg.data.language)]*len(names)).items()}
+    with np.load(where.prepared(cfg.data)/'standard.npz') as usual: regions = shown_of_study(study, cfg.data, dict(usual), cfg.inputs)
+    images = {i: torch.from_numpy(np.stack([r.images[i] for r in regions]))[:, None].to(model.device) for i in cfg.inputs}
+    prompts = {k: v.to(model.device) for k, v in processor.prompts([report_request(np.random.default_rng(0), cfg.data.language)]*len(regions)).items()}
     ids = model.generate(**prompts, images=images, max_new_tokens=cfg.evaluation.max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
-    return dict(zip(names, processor.decode(ids)))
+    return dict(zip((r.region for r in regions), processor.decode(ids)))

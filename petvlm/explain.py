@@ -4,7 +4,7 @@
 
 # %% ../nbs/34d_explain.ipynb #9767c4db
 from __future__ import annotations
-import base64, dataclasses, logging, textwrap, zlib
+import base64, dataclasses, logging, math, textwrap, zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 import matplotlib
@@ -12,7 +12,7 @@ import numpy as np
 import traitlets as T
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
-from .attentionrecord import AttentionRecord, RecordError, chosen, drawn, kept_within, maps, sentences, shares, span_of, stamp
+from .attentionrecord import AttentionRecord, RecordError, Section, chosen, drawn, kept_within, maps, sentences, shares, span_of, stamp
 from .figures import Picture
 from .files import atomic
 from .findings import Study
@@ -115,8 +115,9 @@ class ExplainState(State):
         except RecordError as e: raise T.TraitError(str(e)) from e
     @T.validate('layer', 'head')
     def _in_the_model(self, proposal):
-        name, k = proposal['trait'].name, proposal['value']; most = max(r.shape[name == 'head'] for r in self.records)
-        if k is not None and not 0 <= k < most: raise T.TraitError(f"{name} is {k}, expected 0 to {most - 1}, or None for the mean over all")
+        name, k = proposal['trait'].name, proposal['value']; axis = int(name == 'head')
+        most = min(r.shape[axis] if r.sections[0].attention.shape[1 + axis] == r.shape[axis] else 0 for r in self.records)        # a record may keep the mean alone
+        if k is not None and not 0 <= k < most: raise T.TraitError(f"{name} is {k}; these records keep {f'0 to {most - 1}' if most else f'no {name} apart'}, expected one of them, or None for the mean over all")
         return k
 
 # %% ../nbs/34d_explain.ipynb #3430ae67
@@ -191,9 +192,14 @@ def _words(record: AttentionRecord, span, found, layer, head) -> str:
     of = ', '.join(f'mean of {name}s' if k is None else f'{name} {k}' for name, k in (('layer', layer), ('head', head)))
     return '\n\n'.join(textwrap.fill(x, 40) for x in (textwrap.shorten(quote, 420, placeholder=' ...\u201d'), inside, f'{found.on_image:.1%} of all attention is on the image; {of}'))
 
+def _peak(section: Section, values: np.ndarray) -> float:
+    "The most that `drawn` can paint: lattices that lie over each other add up, and tokens that lie nowhere are not drawn."
+    ends = np.cumsum([0, *map(math.prod, section.lattices)])
+    return float(sum(values[a:b].max() for a, b in zip(ends, ends[1:])))
+
 def figure_of(scene: Scene, records: Sequence[AttentionRecord], spans: Sequence, layer: int | None = None, head: int | None = None, position=None, look: Look | None = None, strength: float = .7, dpi: float = 80) -> Picture:
     "The figure of `attention_figure` for a scene that holds S ('hot')."
-    looked = [maps(r, s, layer, head) for r, s in zip(records, spans)]; top = max(float(v.max()) for m in looked for v in m if v is not None)
+    looked = [maps(r, s, layer, head) for r, s in zip(records, spans)]; top = max(_peak(s, v) for r, m in zip(records, looked) for s, v in zip(r.sections, m) if v is not None)
     look = look or Look(pet_map='inverted grey', opacity=1., outlines=tuple(n for n in scene.labels if n in ('lesions', 'hot')))
     xyz = scene.clip(most_looked_at(records[0], looked[0]) if position is None else position)
     fig = Picture(figsize=(11, 3.1*len(records) + .4), dpi=dpi, layout='constrained'); axes = fig.subplots(len(records), 4, squeeze=False, width_ratios=(1.5, 1, 1, 1))
@@ -224,7 +230,8 @@ def export_html(study: Study, record: AttentionRecord, path, other: AttentionRec
 
     `most_mb`, `attention_mb`: how large volumes and maps may be (maps are averaged over heads, then layers, until they fit). `state`: how it opens, as the traits of `Explainer`. Raises `ExplainError`, `SceneError`, `RecordError`, `traitlets.TraitError`."""
     records = [record] + [other]*(other is not None); scene = _scene(study, records, organs, on)
-    opened, kept = ExplainState(scene, records, **state), [dataclasses.replace(r, sections=kept_within(r.sections, attention_mb/len(records))) for r in records]
+    kept = [dataclasses.replace(r, sections=kept_within(r.sections, attention_mb/len(records))) for r in records]
+    opened = ExplainState(scene, kept, **state)
     setup, load = load_of(study, scene, most_mb); setup = explain_setup(setup, kept, study)
     for w, r in enumerate(kept):
         for k, s in enumerate(r.sections):

@@ -16,7 +16,7 @@ from .retrieval import hits
 
 # %% auto #0
 __all__ = ['KEYS', 'SEEN_ON', 'COUNTS', 'FINDING_METRICS', 'FactError', 'finding_counts', 'by_patient', 'finding_scores',
-           'bootstrap', 'paired_bootstrap', 'statistic_of', 'sums_of', 'present', 'judge', 'judge_choices',
+           'bootstrap', 'p_of', 'paired_bootstrap', 'statistic_of', 'sums_of', 'present', 'judge', 'judge_choices',
            'judge_retrieval']
 
 # %% ../nbs/31_facts.ipynb #35aa6b67
@@ -104,6 +104,11 @@ def bootstrap(values: np.ndarray, statistic: Callable | None = None, n: int = 20
     return _interval(statistic(_draws(len(rows), n, seed) @ rows), level)
 
 # %% ../nbs/31_facts.ipynb #759d534d
+def p_of(differences: np.ndarray, patients: int) -> float:
+    "Two-sided p of no difference from resampled `differences` (n,), those that are not defined left out (1 where none is). Not below 2**(1 - patients), what a test of signs could reach: that all of three patients agree proves little."
+    d = np.asarray(differences, float); d = d[~np.isnan(d)]
+    return float(min(1., max(2.**(1 - patients), 2*(1 + min((d <= 0).sum(), (d >= 0).sum()))/(len(d) + 1)))) if len(d) else 1.
+
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, statistic: Callable | None = None, n: int = 2000, seed: int = 0, level: float = .95) -> dict[str, float]:
     "Difference `statistic(a) - statistic(b)` over the same patients in the same order: `{'difference', 'lo', 'hi', 'p'}`, p two-sided. Arguments as `bootstrap`."
     if len(a) != len(b): raise FactError(f'{len(a)} patients against {len(b)}: a paired comparison needs the same patients in the same order')
@@ -111,8 +116,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, statistic: Callable | None = 
     draws = _draws(len(a), n, seed)
     d = f(draws @ a) - f(draws @ b)
     lo, hi = _interval(d, level)
-    p = min(1., 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (n + 1))
-    return {'difference': float(f(a.sum(0)) - f(b.sum(0))), 'lo': lo, 'hi': hi, 'p': float(p)}
+    return {'difference': float(f(a.sum(0)) - f(b.sum(0))), 'lo': lo, 'hi': hi, 'p': p_of(d, len(a))}
 
 # %% ../nbs/31_facts.ipynb #0ca69ff0
 _rates = re.compile(r'(.+\.)?accuracy|(ir|tr)\.r\d+\.n\d+')   # shares of right ones, from 0 to 1 for each sample

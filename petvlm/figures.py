@@ -17,17 +17,26 @@ from matplotlib.patheffects import withStroke
 from .volume import Volume, resample
 
 # %% auto #0
-__all__ = ['PLANES', 'WINDOWS', 'SUV_TOP', 'RING', 'FigureError', 'png', 'Picture', 'Plane', 'straight', 'Look', 'look', 'paint',
-           'slices', 'coronal', 'mip', 'mark', 'hot', 'fused']
+__all__ = ['FORMATS', 'PLANES', 'WINDOWS', 'SUV_TOP', 'RING', 'FigureError', 'rendered', 'png', 'Picture', 'Plane', 'straight',
+           'Look', 'look', 'paint', 'slices', 'coronal', 'mip', 'mark', 'hot', 'fused']
 
 # %% ../nbs/33_figures.ipynb #131ba6f9
 class FigureError(ValueError): "A volume or an index that cannot be drawn; the message says what was found and expected."
 
-def png(fig: Figure, dpi: float | None = None) -> bytes:
-    "`fig` as a PNG file in memory, at its own resolution or `dpi`; no software name and no date inside."
+FORMATS = {'png': {'Software': None}, 'pdf': {'Creator': None, 'Producer': None, 'CreationDate': None}, 'svg': {'Creator': None, 'Date': None}}
+
+def rendered(fig: Figure, kind: str = 'png', dpi: float | None = None, **how) -> bytes:
+    """`fig` as a file of `kind` in memory, at its own resolution or `dpi`; no software name and no date inside, and the same figure gives the same bytes. In an SVG letters are outlines, so that it looks the same everywhere.
+
+    Raises `FigureError` for a kind that is not in `FORMATS`."""
+    if kind not in FORMATS: raise FigureError(f"format: found {kind!r}, expected one of {', '.join(FORMATS)}")
     out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=dpi or fig.dpi, metadata={'Software': None})
+    with matplotlib.rc_context({'svg.hashsalt': 'petvlm', 'svg.fonttype': 'path'}): fig.savefig(out, format=kind, dpi=dpi or fig.dpi, metadata=FORMATS[kind], **how)
     return out.getvalue()
+
+def png(fig: Figure, dpi: float | None = None) -> bytes:
+    "`rendered` as PNG."
+    return rendered(fig, 'png', dpi)
 
 class Picture(Figure):
     "A matplotlib figure outside pyplot's global list, shown by notebooks as PNG."

@@ -4,11 +4,15 @@
 
 # %% ../nbs/21_generate.ipynb #d0d5c8b1
 from __future__ import annotations
+import json
 from collections.abc import Callable
+from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from .config import digest
 from .datasets import Rows, stacked
+from .journal import whole_lines
 from .processor import PetVLMProcessor
 from .tokens import Tokens
 from .vlm import PetVLM
@@ -84,17 +88,28 @@ def answers(model: PetVLM, input_ids: Tensor, attention_mask: Tensor, images: di
 # %% ../nbs/21_generate.ipynb #607e1590
 @torch.no_grad()
 def write(model: PetVLM, processor: PetVLMProcessor, rows: Rows, asked: list[tuple[int, str]], arm: str = 'real', batch: int = 64,
-          max_new_tokens: int = 160, seed: int = 0, progress: bool = True) -> list[str]:
-    "The model's answers to `asked`, pairs of (row, question), under an arm of `ARMS`."
+          max_new_tokens: int = 160, seed: int = 0, progress: bool = True, keep: Path | None = None) -> list[str]:
+    """The model's answers to `asked`, pairs of (row, question), under an arm of `ARMS`.
+
+    `keep`: a folder, of this model and these rows alone, in which every batch is kept as it comes; what an interrupted call has answered is read there, and the same questions under the same arm are answered once."""
     model.eval()
     other, texts = other_patient(rows, seed), [''] * len(asked)
+    path = keep and keep/f'{arm}-{digest([asked, batch, max_new_tokens, seed])}.jsonl'
+    said = dict(map(json.loads, whole_lines(path))) if path else {}
     order = sorted(range(len(asked)), key=lambda k: asked[k][0])                     # questions about one image in one batch: it is read once
     for start in tqdm(range(0, len(order), batch), desc=arm, unit='batch', disable=not progress):
         part = order[start:start + batch]
-        shown, which = np.unique([asked[k][0] for k in part], return_inverse=True)
-        images = {n: torch.from_numpy(stacked(lambda i: ARMS[arm](rows, other, i, n, seed), shown))[:, None].to(model.device) for n in model.reads}
-        prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
-        ids = answers(model, **prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
-                      pad_token_id=processor.tokenizer.pad_token_id)
-        for k, text in zip(part, processor.decode(ids)): texts[k] = text
+        if start not in said:
+            shown, which = np.unique([asked[k][0] for k in part], return_inverse=True)
+            images = {n: torch.from_numpy(stacked(lambda i: ARMS[arm](rows, other, i, n, seed), shown))[:, None].to(model.device) for n in model.reads}
+            prompts = {k: v.to(model.device) for k, v in processor.prompts([asked[k][1] for k in part]).items()}
+            ids = answers(model, **prompts, images=images, which=torch.from_numpy(which).to(model.device), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id,
+                          pad_token_id=processor.tokenizer.pad_token_id)
+            said[start] = processor.decode(ids)
+            if path: _append(path, [start, said[start]])
+        for k, text in zip(part, said[start]): texts[k] = text
     return texts
+
+def _append(path: Path, line) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a', encoding='utf-8') as f: f.write(json.dumps(line) + '\n')

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .files import parse_json
 
 # %% auto #0
-__all__ = ['NAME', 'HEAD', 'LINE', 'JournalError', 'Journal', 'Point', 'Training', 'weighted', 'read_journal']
+__all__ = ['NAME', 'HEAD', 'LINE', 'JournalError', 'whole_lines', 'Journal', 'Point', 'Training', 'weighted', 'read_journal']
 
 # %% ../nbs/00d_journal.ipynb #f4fa9aff
 NAME = 'live.jsonl'         # in a run's folder of work
@@ -19,11 +19,12 @@ NAME = 'live.jsonl'         # in a run's folder of work
 class JournalError(ValueError):
     "A journal that cannot be read; the message says which line."
 
-def _cut(path: Path) -> None:
-    "Take away what stands behind the last line's end."
-    if not path.exists(): return
+def whole_lines(path: Path) -> list[str]:
+    "The lines of the growing file `path`, [] where there is none. Half a line at its end, which a killed process left, is taken away, so that the next line begins on its own."
+    if not path.exists(): return []
     text = path.read_bytes()
     if (end := text.rfind(b'\n') + 1) < len(text): os.truncate(path, end)
+    return text[:end].decode('utf-8').split('\n')[:-1]
 
 class Journal:
     """A growing file of JSON lines about one training stage. `begin`, then `step` after every step of the optimiser, then `end`.
@@ -39,7 +40,7 @@ class Journal:
 
     def begin(self, stage: str, steps: int, items: int, weights: Mapping[str, float], after: int = 0) -> None:
         "`items` per step, `weights` of the parts of the loss; `after`: steps that an interrupted run has made already."
-        self.path.parent.mkdir(parents=True, exist_ok=True); _cut(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True); whole_lines(self.path)
         self.start = self.clock()
         self._write(stage=stage, steps=steps, items=items, weights=dict(weights), after=after, time=self.start)
 
@@ -78,14 +79,14 @@ class Training(NamedTuple):
     began: float = 0.                # s since 1970, of the last session; 0: not known
     after: int = 0                   # steps that were done when that session began
     held_out: dict = {}              # of stage.json: loss -> scores on validation patients
-    seconds: float = 0.              # of a finished stage
+    seconds: float = 0.              # of a finished stage, its last session
 
     @property
     def step(self) -> int: return self.points[-1].step if self.points else self.after
     @property
     def rate(self) -> float:
         "Steps per second over the last lines, at least ten of them and ten seconds where there are as many; nan where nobody can tell."
-        if self.state == 'finished': return self.steps/self.seconds if self.seconds else math.nan
+        if self.state == 'finished': return (self.steps - self.after)/self.seconds if self.seconds else math.nan
         recent = [p for p in self.points if p.time >= self.began and p.step > self.after]
         if not recent: return math.nan
         last, first = recent[-1], next((p for p in recent[-11::-1] if recent[-1].time - p.time >= 10), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from .files import atomic
 from .paper import piped
+from .replicates import seeds_said
 
 # %% auto #0
 __all__ = ['BLOCKS', 'ARM_NAMES', 'lesion_table', 'lesions_markdown', 'write_lesions']
@@ -31,7 +32,9 @@ def lesion_table(results: Iterable[dict]) -> pd.DataFrame:
         cells = {m + end: r['metrics'].get(m, {}).get(key) for m in metrics for end, key in (('', 'value'), (' low', 'lo'), (' high', 'hi'))}
         return {'point': r['point'], 'arm': r['arm'], 'reports': r['n'], 'patients': r['n_patients'], **cells, **{k: r['provenance'][k] for k in ('run', 'revision')}}
     columns = ['point', 'arm', 'reports', 'patients', *(m + end for m in metrics for end in ('', ' low', ' high')), 'run', 'revision']
-    return pd.DataFrame([line(r) for r in sorted(found, key=lambda r: (order[r['point']], list(ARM_NAMES).index(r['arm'])))], columns=columns)
+    table = pd.DataFrame([line(r) for r in sorted(found, key=lambda r: (order[r['point']], list(ARM_NAMES).index(r['arm'])))], columns=columns)
+    table.attrs['seeds'] = seeds_said(found)
+    return table
 
 # %% ../nbs/32b_lesiontable.ipynb #04e6550e
 def _cell(row: pd.Series, metric: str) -> str:
@@ -49,7 +52,7 @@ def _block(table: pd.DataFrame, title: str, metrics: dict[str, str]) -> list[str
 def lesions_markdown(table: pd.DataFrame) -> str:
     "`lesion_table` in Markdown, in blocks, with what the columns mean."
     head = ('**Lesion by lesion.** Each lesion of the truth is assigned to at most one of the report (`petvlm.lesionfacts`); [95 % interval, bootstrap over patients]. F1 asks for organ and side. '
-            'Clinical F1 is the reference repository\'s: type, position without side, FDG. Errors per patient count all reports of a patient. One seed.')
+            'Clinical F1 is the reference repository\'s: type, position without side, FDG. Errors per patient count all reports of a patient. ' + table.attrs.get('seeds', seeds_said([])))
     return '\n'.join([head, '', *(line for title, metrics in BLOCKS.items() for line in _block(table, title, metrics))])
 
 def write_lesions(table: pd.DataFrame, folder: str | Path) -> list[Path]:

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from fastcore.xml import Div, Safe
 from .figures import FigureError, Picture, png
-from .files import atomic, read_json
+from .files import read_json
 from .journal import NAME, JournalError, Point, Training, read_journal
-from .onefile import STAMPS, one_file, write_html
+from .onefile import one_file, write_html, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def _points(rows: Iterable[dict], when: float = 0.) -> tuple[Point, ...]:
 
 def of_report(report: dict) -> Training:
     "A finished stage, from what `petvlm.train.train_node` returns and writes (`stage.json`)."
-    return Training(report.get('node', report['stage']), report['stage'], max((int(r['step']) for r in report['log']), default=0), 0, _points(report['log']), 'finished', held_out=report.get('held_out', {}), seconds=float(report['seconds']))
+    return Training(report.get('node', report['stage']), report['stage'], max((int(r['step']) for r in report['log']), default=0), 0, _points(report['log']), 'finished', held_out=report.get('held_out', {}), seconds=float(report['seconds']), after=report.get('resumed_at', 0))
 
 def _of_state(state: dict, node: str, when: float) -> Training:
     points = _points(state['log_history'], when)                      # when each was reached is not known: no rate
@@ -165,11 +165,9 @@ class Overview:
         return told | ({'image/png': base64.b64encode(png(picture(self.shown))).decode()} if still and any(t.points for t in self.shown) else {})
     def save(self, path: str | Path) -> Path:
         "Write `.html` (one file, without a script), `.png`, `.pdf` or `.svg`; the whole file or none. Raises `FigureError` for another ending."
-        path = Path(path); kind = path.suffix[1:].lower()
-        if kind == 'html': return write_html(path, one_file('petvlm: training', [Div(Safe(self.html()))]))
-        if kind not in STAMPS: raise FigureError(f"{path.name}: found the ending {kind!r}, expected html, {', '.join(STAMPS)}")
-        atomic(path, lambda p: picture(self.shown).savefig(p, format=kind, dpi=200, metadata=STAMPS[kind]))
-        return path
+        path = Path(path)
+        if path.suffix.lower() == '.html': return write_html(path, one_file('petvlm: training', [Div(Safe(self.html()))]))
+        return write_picture(path, lambda: picture(self.shown))
 
 # %% ../nbs/33e_live.ipynb #cd3fef6b
 def picture(some: Sequence[Training]) -> Picture:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import dataclasses, hashlib, json, shutil
 from collections.abc import Iterable
 from pathlib import Path
-from .config import Config, Paths, load_params, paths, resolve
+from .config import Config, ConfigError, Paths, load_params, paths, resolve
 from .graph import chain, plan, settings_of
 from .rows import kind_of
 from .slots import SLOTS
 
 # %% auto #0
-__all__ = ['PREPARED_BY', 'RUN_BY', 'TRAINED_BY', 'EVALUATED_BY', 'IN_NAME_ONLY', 'STANDS_ON', 'models_of', 'hashes',
+__all__ = ['PREPARED_BY', 'RUN_BY', 'TRAINED_BY', 'READ_BY', 'EVALUATED_BY', 'IN_NAME_ONLY', 'STANDS_ON', 'models_of', 'hashes',
            'prepare_needs', 'train_needs', 'evaluate_needs', 'write_needs']
 
 # %% ../nbs/37_needs.ipynb #8ff373ad
@@ -21,14 +21,16 @@ PREPARED_BY = ('files', 'volume', 'findings', 'dicomfile', 'multiframe', 'archiv
                'dicomwrite', 'phantom', 'sources', 'tasks', 'prepare', 'layouts', 'own', 'items')
 RUN_BY = ('m3dvqa', 'datasets', 'tokens', 'codebook', 'stem', 'slots', 'language', 'r2gen', 'vlm', 'processor')
 TRAINED_BY = (*RUN_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'imagemass', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
-EVALUATED_BY = (*RUN_BY, 'reports', 'lesiontext', 'generate', 'embed', 'words', 'metrics', 'metric_bleu', 'metric_rouge', 'metric_bertscore', 'metric_meteor', 'metric_cider', 'retrieval', 'pairs', 'facts', 'lesionfacts', 'weights', 'evaluate')
+READ_BY = ('findings', 'wording', 'lexicon', 'reports', 'prepare', 'rows', 'lesiontext', 'lesionviews', 'radiograph')     # they read texts and rows while a step runs, and are not only in the prepared data
+EVALUATED_BY = (*RUN_BY, *READ_BY, 'attentionrecord', 'attention', 'generate', 'embed', 'words', 'metrics', 'metric_bleu', 'metric_rouge', 'metric_bertscore', 'metric_meteor', 'metric_cider', 'retrieval', 'pairs', 'facts', 'lesionfacts', 'weights', 'evaluate')
 IN_NAME_ONLY = {'linear': 'projectors', 'mlp': 'projectors', 'norm_linear': 'projectors', 'relu_linear': 'projectors', 'streams': 'projectors', 'dual_mlp': 'mixers', 'mixer': 'mixers', 'perceiver': 'perceiver'}   # projectors are made by functions of `slots`
 STANDS_ON = {'dcformer': ('axialkernels',), 'vit2d': ('encoders',), 'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('encoders', 'fusion')}   # what a model's module imports of other models' modules; a test reads the imports
 
 # %% ../nbs/37_needs.ipynb #709c9687
 def models_of(cfg: Config) -> tuple[str, ...]:
-    "The modules that hold the encoders, fusion, pool and projector of `cfg`, and what those stand on."
+    "The modules that hold the encoders, fusion, pool and projector of `cfg`, and what those stand on. Raises `ConfigError`."
     parts = [('encode', cfg.encode[i]) for i in cfg.inputs] + [(s, getattr(cfg, s)) for s in ('fuse', 'pool', 'project')]
+    if cfg.project.kind not in IN_NAME_ONLY: raise ConfigError(f"project: nobody says which module {cfg.project.kind!r} comes from; add it to petvlm.needs.IN_NAME_ONLY")
     own = [IN_NAME_ONLY[p.kind] if slot == 'project' else SLOTS[slot][p.kind].__module__.rpartition('.')[2] for slot, p in parts]
     for name in own: own += [m for m in STANDS_ON.get(name, ()) if m not in own]       # the list grows while it is walked
     return tuple(dict.fromkeys(own))

@@ -75,7 +75,8 @@ def load_of(study: Study, scene: Scene, most_mb: float = PAGE_MB, reports: bool 
     setup, stops = setup_of(scene, frame, report_texts(study) if reports else ()), np.cumsum([0, *map(len, parts.values())]).tolist()
     edges = ' x '.join(f'{s:.1f}' for s in frame.spacing)
     setup['precision'] = f"Voxels of {edges} mm, 256 levels: values under the crosshair and in spheres are approximate, and small hot spots may be lower than on the full PET. Lesions in the list were measured on the full PET."
-    setup['local'] = dict(blobs=[list(b) for b in zip(parts, stops, stops[1:])], tables={n: t.tolist() for n, t in tables.items()})
+    scans = {n: dict(shape=list(v.shape), inverse=np.linalg.inv(v.affine).tolist()) for n, v in ((n, scene.volumes[n]) for n in scene.images)}     # beyond them nothing was measured
+    setup['local'] = dict(blobs=[list(b) for b in zip(parts, stops, stops[1:])], tables={n: t.tolist() for n, t in tables.items()}, scans=scans)
     return setup, b''.join(parts.values())
 
 # %% ../nbs/34c_offline.ipynb #27979954

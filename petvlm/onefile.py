@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 from fastcore.xml import FT, H1, H2, Div, P, to_xml
 from .files import atomic
-from .figures import FigureError, Picture, png
+from .figures import FORMATS, FigureError, Picture, rendered
 
 # %% auto #0
-__all__ = ['CSS', 'DRAW', 'STAMPS', 'data_block', 'one_file', 'write_html', 'plotly_script', 'Exhibit', 'exhibition']
+__all__ = ['CSS', 'DRAW', 'data_block', 'one_file', 'write_html', 'plotly_script', 'write_picture', 'Exhibit', 'exhibition']
 
 # %% ../nbs/33c_onefile.ipynb #314ce2f2
 _PAGE = """<!doctype html>
@@ -64,6 +64,13 @@ for (const el of document.querySelectorAll('.petvlm-figure')) {
 """
 
 # %% ../nbs/33c_onefile.ipynb #d4f4b061
+def write_picture(path: str | Path, draw: Callable[[], Picture]) -> Path:
+    "What `draw()` gives at `path`, in the format of its ending, at 200 dots an inch; the whole file or none. Raises `FigureError` for an ending that is neither HTML's nor of `petvlm.figures.FORMATS`."
+    path = Path(path); kind = path.suffix[1:].lower()
+    if kind not in FORMATS: raise FigureError(f"{path.name}: found the ending {kind!r}, expected html, {', '.join(FORMATS)}")
+    atomic(path, lambda p: p.write_bytes(rendered(draw(), kind, 200)))
+    return path
+
 class Exhibit:
     "A plotly figure, or what makes it once it is wanted, and `draw`, which gives its twin for paper. JupyterLab shows the first; where no script runs, the second is seen."
     def __init__(self, figure, draw: Callable[[], Picture], title: str): self._figure, self.draw, self.title = figure, draw, title
@@ -75,16 +82,13 @@ class Exhibit:
         "The plotly figure as JSON."
         return json.loads(self.figure.to_json())
     def _repr_mimebundle_(self, **kw) -> dict:
-        return {'application/vnd.plotly.v1+json': self.spec() | {'config': {'displaylogo': False}}, 'image/png': base64.b64encode(png(self.draw())).decode(), 'text/plain': repr(self)}
+        # not as PNG: plotly's renderer in JupyterLab shows a PNG that it finds instead of the figure, and nothing can be sorted or read off
+        return {'application/vnd.plotly.v1+json': self.spec() | {'config': {'displaylogo': False}}, 'image/svg+xml': rendered(self.draw(), 'svg').decode(), 'text/plain': repr(self)}
     def save(self, path: str | Path) -> Path:
         "Write `.html` (interactive, one file) or `.png`, `.pdf`, `.svg` (the twin); the whole file or none. Raises `FigureError` for another ending."
-        path = Path(path); kind = path.suffix[1:].lower()
-        if kind == 'html': return write_html(path, exhibition(self.title, {'': [self]}))
-        if kind not in STAMPS: raise FigureError(f"{path.name}: found the ending {kind!r}, expected html, {', '.join(STAMPS)}")
-        atomic(path, lambda p: self.draw().savefig(p, format=kind, dpi=200, metadata=STAMPS[kind]))
-        return path
-
-STAMPS = {'png': {'Software': None}, 'pdf': {'CreationDate': None}, 'svg': {'Date': None}}      # no date: same numbers, same bytes
+        path = Path(path)
+        if path.suffix.lower() == '.html': return write_html(path, exhibition(self.title, {'': [self]}))
+        return write_picture(path, self.draw)
 
 def exhibition(title: str, groups: Mapping[str, Sequence[Exhibit]], notes: Sequence[str] = ()) -> str:
     "Several exhibits under headings, as one page with plotly's script in it once."

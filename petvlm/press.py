@@ -4,7 +4,7 @@
 
 # %% ../nbs/33f_press.ipynb #0105133f
 from __future__ import annotations
-import html, io, re, unicodedata
+import html, re, unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,30 +15,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import TextToPath
-from .figures import FigureError, Picture
+from .figures import FORMATS, FigureError, Picture, rendered
 from .files import atomic, read_json
 
 # %% auto #0
-__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'FORMATS', 'DPI', 'STRANGER', 'SOURCE', 'PUBLISHED', 'PressError',
-           'render', 'Sheet', 'sheet', 'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow',
-           'draw_flow', 'markdown', 'caption', 'publish', 'load_figures']
+__all__ = ['COLUMN', 'PAGE', 'FONT', 'INK', 'FAINT', 'STYLE', 'DPI', 'STRANGER', 'SOURCE', 'PUBLISHED', 'PressError', 'render',
+           'Sheet', 'sheet', 'inset', 'glyphs', 'drawable', 'put', 'width_of', 'Span', 'Chunk', 'flow', 'draw_flow',
+           'markdown', 'caption', 'publish', 'load_figures']
 
 # %% ../nbs/33f_press.ipynb #f3eb9890
 class PressError(FigureError): "A figure that cannot be printed as asked; the message says what was found, expected and what to do."
 
 COLUMN, PAGE = 241., 497.        # points: a column and the text of a two-column page (3.35 and 6.9 inches)
 FONT, INK, FAINT = 'DejaVu Sans', '#1a1a1a', '#666666'      # the font comes with matplotlib, so every machine has the same one
-STYLE = {'font.family': FONT, 'svg.hashsalt': 'petvlm', 'svg.fonttype': 'path', 'pdf.fonttype': 42, 'hatch.linewidth': .5, 'text.usetex': False, 'text.hinting': 'none', 'axes.unicode_minus': True}
+STYLE = {'font.family': FONT, 'pdf.fonttype': 42, 'hatch.linewidth': .5, 'text.usetex': False, 'text.hinting': 'none', 'axes.unicode_minus': True}
 
-FORMATS = {'png': {'Software': None}, 'pdf': {'Creator': None, 'Producer': None, 'CreationDate': None}, 'svg': {'Creator': None, 'Date': None}}
 DPI = 160
 
 def render(fig: Figure, format: str = 'png', dpi: float = DPI) -> bytes:
-    "`fig` as a file of `format`, one of `FORMATS`. Raises `PressError`."
+    "`fig` as a file of `format`, one of `petvlm.figures.FORMATS`, in the letters of print. Raises `PressError`."
     if format not in FORMATS: raise PressError(f'format: found {format!r}, expected one of {list(FORMATS)}')
-    out = io.BytesIO()
-    with matplotlib.rc_context(STYLE): fig.savefig(out, format=format, dpi=dpi, metadata=FORMATS[format], facecolor='white')
-    return out.getvalue()
+    with matplotlib.rc_context(STYLE): return rendered(fig, format, dpi, facecolor='white')
 
 class Sheet(Picture):
     "A figure measured in points; notebooks show it as it is printed."

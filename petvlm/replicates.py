@@ -5,14 +5,14 @@
 # %% ../nbs/31f_replicates.ipynb #1c1b6efc
 from __future__ import annotations
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import numpy as np, pandas as pd
 from .config import replicate_of
-from .facts import FactError, present, statistic_of, sums_of
+from .facts import FactError, p_of, present, statistic_of, sums_of
 from .lesionfacts import LESION_METRICS
 
 # %% auto #0
-__all__ = ['SAME', 'ReplicateError', 'families', 'hierarchical', 'pool', 'difference', 'seeds_table']
+__all__ = ['SAME', 'ReplicateError', 'families', 'hierarchical', 'seeds_said', 'pool', 'difference', 'seeds_table']
 
 # %% ../nbs/31f_replicates.ipynb #51514aa2
 class ReplicateError(FactError):
@@ -52,10 +52,6 @@ def _summary(values: np.ndarray, resampled: np.ndarray, level: float) -> dict:
     lo, hi = np.nanquantile(resampled, [(1 - level)/2, (1 + level)/2]) if not np.isnan(resampled).all() else (math.nan, math.nan)
     return {'value': float(values.mean()), 'sd': float(values.std(ddof=1)) if len(values) > 1 else math.nan, 'lo': float(lo), 'hi': float(hi), 'seeds': len(values), 'values': values.tolist()}
 
-def _p(resampled: np.ndarray) -> float:
-    "Two-sided p of no difference, as in `petvlm.facts.paired_bootstrap`."
-    return float(min(1., 2*(1 + min((resampled <= 0).sum(), (resampled >= 0).sum()))/(len(resampled) + 1)))
-
 def hierarchical(rows: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], n: int = 2000, seed: int = 0, level: float = .95) -> dict:
     """Mean over seeds of `statistic`, standard deviation over seeds, and the percentile interval of the mean when seeds and patients are resampled: `{'value', 'sd', 'lo', 'hi', 'seeds', 'values'}`; sd is nan for one seed.
 
@@ -81,6 +77,11 @@ def _pooled(family: Sequence[dict], n: int, seed: int) -> dict:
     source = family[0].get('provenance', {}) | {k: _joined(family, k) for k in ('run', 'params_hash', 'revision')} | {'replicates': [r.get('provenance', {}) for r in family]}
     kept = {k: v for k, v in family[0].items() if k != 'per_patient'}
     return kept | {'metrics': {m: e for m, e in found.items() if not np.isnan([e['value'], e['lo'], e['hi']]).any()}, 'provenance': source, 'replicates': list(family)}
+
+def seeds_said(results: Iterable[dict]) -> str:
+    "How many trainings stand behind each of `results` (as `pool` gives them), in a sentence."
+    n = max((len(r.get('replicates', [r])) for r in results), default=1)
+    return 'One seed; intervals: 95 %, patients resampled.' if n == 1 else f'Up to {n} seeds; intervals: 95 %, patients resampled, and seeds where there are several.'
 
 def pool(results: Sequence[dict], n: int = 2000, seed: int = 0) -> list[dict]:
     """Results with the replicates of a point, task and arm put into one, under the point's name; `replicates` holds the single results. Results of a point with one training are returned as they are, and so are replicates whose point itself has no result.
@@ -108,10 +109,10 @@ def difference(a: dict, b: dict, metric: str, n: int = 2000, seed: int = 0, leve
     S = len(fa)
     if ka == kb:
         resampled = _around(scores[:, :S] - scores[:, S:], shares)
-        return _summary(values[:S] - values[S:], resampled, level) | {'p': _p(resampled), 'paired': True}
+        return _summary(values[:S] - values[S:], resampled, level) | {'p': p_of(resampled, len(rows[0])), 'paired': True}
     other = _draws(n, len(fb), len(rows[0]), seed + 1)[1]
     resampled = _around(scores[:, :S], shares) - _around(scores[:, S:], other)
-    return _summary(np.array([values[:S].mean() - values[S:].mean()]), resampled, level) | {'seeds': min(S, len(fb)), 'values': [], 'p': _p(resampled), 'paired': False}
+    return _summary(np.array([values[:S].mean() - values[S:].mean()]), resampled, level) | {'seeds': min(S, len(fb)), 'values': [], 'p': p_of(resampled, len(rows[0])), 'paired': False}
 
 # %% ../nbs/31f_replicates.ipynb #2108a4aa
 def seeds_table(results: Sequence[dict], metrics: Sequence[str] | None = None) -> pd.DataFrame:

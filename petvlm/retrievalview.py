@@ -13,9 +13,8 @@ import numpy as np
 import traitlets as T
 from fastcore.xml import H1, Div, P
 from PIL import Image
-from .figures import FigureError, Picture, png
-from .files import atomic
-from .onefile import STAMPS, one_file, write_html
+from .figures import Picture, png
+from .onefile import one_file, write_html, write_picture
 from .pairs import HU_WINDOW, SUV_TOP, Pairs, PairsError, ranks
 from .widget import asset
 
@@ -144,11 +143,9 @@ def export_retrieval(pairs: Pairs, path: str | Path, title: str = 'Retrieval', *
     """The browser as `.html` (one file, opened from disk without network; a typed word chooses among its texts), or what it shows first as `.png`, `.pdf`, `.svg`; the whole file or none. `state`: how it opens, as the traits of `State`.
 
     The page holds every text of the record: of patients' reports, scrub them first. Raises `traitlets.TraitError`, `FigureError` for another ending."""
-    path, opened = Path(path), State(pairs, **state); kind = path.suffix[1:].lower()
-    if kind == 'html':
+    path, opened = Path(path), State(pairs, **state)
+    if path.suffix.lower() == '.html':
         setup = setup_of(pairs) | {'state': {k: getattr(opened, k) for k in ('direction', 'chosen', 'top')}}
         told = ', '.join(f'{k.replace("_", " ")} {v}' for k, v in pairs.origin.items() if isinstance(v, str))
         return write_html(path, one_file(title, [H1(title), P(told), Div(id=PAGE)], css=asset('retrieval_page.css') + 'body{margin:8px;background:#fff;font:13px system-ui,sans-serif}h1{font-size:18px;margin:0}', module=script() + START, data={f'{PAGE}-setup': setup}))
-    if kind not in STAMPS: raise FigureError(f"{path.name}: found the ending {kind!r}, expected html, {', '.join(STAMPS)}")
-    atomic(path, lambda p: still(pairs, opened.chosen, opened.direction, min(opened.top, 9)).savefig(p, format=kind, dpi=200, metadata=STAMPS[kind]))
-    return path
+    return write_picture(path, lambda: still(pairs, opened.chosen, opened.direction, min(opened.top, 9)))

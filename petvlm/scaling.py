@@ -12,9 +12,8 @@ from .graph import plan
 from .memory import HEADROOM, TEXT, footprint, skeleton
 
 # %% auto #0
-__all__ = ['CARDS', 'PUBLISHED', 'COUNTED', 'MEASURED', 'STEPS', 'Card', 'Assumptions', 'published_cards', 'counted', 'count_all',
-           'table', 'measured_steps', 'rates', 'card_steps', 'card_rates', 'as_measured', 'step_seconds', 'run',
-           'papers']
+__all__ = ['CARDS', 'SYSTEMS', 'COUNTED', 'MEASURED', 'STEPS', 'Card', 'Assumptions', 'counted', 'count_all', 'table',
+           'measured_steps', 'rates', 'card_steps', 'card_rates', 'as_measured', 'step_seconds', 'run', 'papers']
 
 # %% ../nbs/36_scaling.ipynb #437f15fb
 @dataclass(frozen=True)
@@ -36,13 +35,7 @@ class Assumptions:
     between: float = 20e9
     hidden: float = .7
 
-# The published step: cards that it ran on, each with a batch (and the accumulated batches of params.yaml). Where a source gives no number of cards, steps in params.yaml were counted for one.
-PUBLISHED = {'vipet': {'projection': 4, 'instruct': 4}, 'med3dvlm': 8, 'petar': 2, 'content_topic': 1}
-
-def published_cards(point: str, stage: str) -> int:
-    "The number of cards that the steps of a stage in `params.yaml` were counted for."
-    found = PUBLISHED[point]
-    return found.get(stage, 1) if isinstance(found, dict) else found
+SYSTEMS = ('vipet', 'med3dvlm', 'petar', 'content_topic')
 
 # %% ../nbs/36_scaling.ipynb #618edc9e
 COUNTED = 'tables/scaling-{}.csv'   # of a scale
@@ -50,10 +43,10 @@ COUNTED = 'tables/scaling-{}.csv'   # of a scale
 def counted(cfg: Config, stage: Stage, model=None, amp: bool = True, text: int = TEXT) -> dict:
     "One stage as a row: what a step is, FLOP and bytes of one batch on one card."
     f = footprint(cfg, dataclasses.replace(stage, accumulate=1), amp, text=text, model=model)
-    return dict(point=cfg.point, stage=stage.name, steps=stage.steps, batch=stage.batch, batches=stage.accumulate*(published_cards(cfg.point, stage.name) if cfg.scale == 'paper' else 1), tokens=f.tokens,
+    return dict(point=cfg.point, stage=stage.name, steps=stage.steps, batch=stage.batch, batches=stage.accumulate, tokens=f.tokens,
                 forward=f.forward, backward=f.backward, weights=f.weights + f.copies, gradients=f.gradients, optimizer=f.optimizer, activations=f.activations + f.workspace, memory=f.total)
 
-def count_all(points=tuple(PUBLISHED), scale: str = 'paper') -> pd.DataFrame:
+def count_all(points=SYSTEMS, scale: str = 'paper') -> pd.DataFrame:
     "Every stage of `points`, a row each."
     rows = []
     for point in points:
@@ -70,11 +63,11 @@ def table(scale: str = 'paper') -> pd.DataFrame:
 MEASURED = 'tables/steps-phantom.csv'
 
 def measured_steps(where: Paths) -> pd.DataFrame:
-    "What training nodes took when they last ran: node, steps, batch, seconds, peak memory in MB (of the process), from their `stage.json`."
+    "What training nodes took when they last ran: node, steps of that session, batch, seconds, peak memory in MB (of the process), from their `stage.json`."
     nodes, rows = plan(scale=where.scale), []
     for name in (n for n in nodes if (where.node(n)/'stage.json').exists()):
         told, stage = json.loads((where.node(name)/'stage.json').read_text(encoding='utf-8')), resolve(nodes[name]['point'], where.scale).stages[nodes[name]['stage']]
-        rows.append(dict(node=name, steps=stage.steps, batch=stage.batch*stage.accumulate, seconds=told['seconds'], peak_mb=told['peak_mb']))
+        rows.append(dict(node=name, steps=stage.steps - told.get('resumed_at', 0), batch=stage.batch*stage.accumulate, seconds=told['seconds'], peak_mb=told['peak_mb']))
     return pd.DataFrame(rows)
 
 def rates(steps: pd.DataFrame, text: int = 150) -> pd.DataFrame:
@@ -82,7 +75,7 @@ def rates(steps: pd.DataFrame, text: int = 150) -> pd.DataFrame:
     out = []
     for r in steps.itertuples():
         point, _, stage = r.node.partition('.')
-        cfg = resolve(point, 'phantom'); s = dataclasses.replace(cfg.stages[stage], batch=int(r.batch))
+        cfg = resolve(point, 'phantom'); s = dataclasses.replace(cfg.stages[stage], batch=int(r.batch), accumulate=1)      # `batch` is all that a step saw
         f = footprint(cfg, s, amp=False, text=text)
         out.append(dict(node=r.node, kind='language' if f.tokens else 'encoder', gflop=round((f.forward + f.backward)/1e9, 2), seconds=round(r.seconds/r.steps, 3), rate=round((f.forward + f.backward)*r.steps/r.seconds/1e9, 1)))
     return pd.DataFrame(out)
@@ -100,7 +93,7 @@ def card_rates(steps: pd.DataFrame, rows: pd.DataFrame, card: str = 'H100 80 GB'
     "`steps` (node, seconds) beside the counted `rows` of the same scale: kind, TFLOP a step, TFLOP/s and the share of the card's dense rate (`MFU`) that was reached."
     of = rows.set_index(rows.point + '.' + rows.stage)
     found = steps[steps.node.isin(of.index)]; of = of.loc[found.node]
-    flop = (of.forward + of.backward).to_numpy()
+    flop = ((of.forward + of.backward)*of.batches).to_numpy()
     return found.assign(kind=['language' if t else 'encoder' for t in of.tokens], tflop=(flop/1e12).round(2), rate=(flop/1e12/found.seconds).round(1), MFU=(flop/found.seconds/CARDS[card].rate).round(4))
 
 def as_measured(found: pd.DataFrame) -> Assumptions:
@@ -123,7 +116,8 @@ def run(rows: pd.DataFrame, n: int, card: str = 'A100 80 GB', a: Assumptions = A
     def one(row):
         hours = row['steps']*step_seconds(row, n, c, a)/3600
         items = min(row['batch'], math.ceil(row['batch']*row['batches']/n))
-        memory = (row['weights'] + row['optimizer'] + max(row['activations']*items/row['batch'], row['gradients']))/2**30
+        passing, several = row['activations']*items/row['batch'], row['batch']*row['batches']/n > row['batch']        # gradients wait for the next batch
+        memory = (row['weights'] + row['optimizer'] + (passing + row['gradients'] if several else max(passing, row['gradients'])))/2**30
         return pd.Series(dict(point=row['point'], stage=row['stage'], cards=n, hours=hours, dollars=hours*n*c.price, GiB=memory, fits=memory <= c.memory*(1 - HEADROOM), busy=min(n, row['batch']*row['batches'])))
     return rows.apply(one, axis=1)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 from .claims import ClaimError, load_papers, p_text, pipes, plain, write_verdicts
 from .files import atomic, read_json
+from .lesiontable import ARM_NAMES
+from .replicates import seeds_said
 from .tables import LABELS
 
 # %% auto #0
@@ -27,8 +29,8 @@ def counts(found: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(index='paper', columns=None).assign(claims=table.sum(axis=1))
 
 # %% ../nbs/32d_summary.ipynb #329ab437
-KEY = {'report': 'finding_f1', 'vqa': 'bleu4', 'open_vqa': 'mean.bleu1', 'closed_vqa': 'mean.accuracy'}
-GIVEN = {'real': 'own images', 'shuffled': "another patient's", 'constant': 'without looking'}
+KEY = {'report': 'finding_f1', 'vqa': 'rougeL', 'open_vqa': 'mean.bleu1', 'closed_vqa': 'mean.accuracy'}
+GIVEN = {arm: ARM_NAMES[arm] for arm in ('real', 'shuffled', 'constant')}
 
 def _with_interval(estimate: dict | None) -> str:
     return '–' if estimate is None else '{value:.2f} ({lo:.2f} to {hi:.2f})'.format_map(estimate)
@@ -70,7 +72,7 @@ def _blocks(found: pd.DataFrame, results: Sequence[dict], scale: str) -> list[Bl
     wrong, misprints = _open(found, 'not reproduced'), _open(found, 'fails in print')
     nothing = 'Nothing is measured yet: make repro does it.'
     return [f'# petvlm: four papers, scale {scale}',
-            'Measured on a phantom with tiny models of the same classes; no number stands for patients. What can be reproduced is the direction of a difference, not its size. Verdicts are computed (petvlm.claims); p is that of the paired bootstrap over patients, after Holm over the comparisons of a paper. One seed. Intervals: 95 %, patients resampled. Research only.',
+            'Measured on a phantom with tiny models of the same classes; no number stands for patients. What can be reproduced is the direction of a difference, not its size. Verdicts are computed (petvlm.claims); p is that of the paired bootstrap over patients, after Holm over the comparisons of a paper. ' + seeds_said(results) + ' Research only.',
             '## Claims by verdict', table.map(str),
             '## With and without looking', look if len(look) else nothing,
             '## Measured against the paper', wrong if len(wrong) else 'No claim.' if len(look) else nothing,

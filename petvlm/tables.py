@@ -169,8 +169,8 @@ def _summary(by_metric: dict[str, str]) -> str:
     return next(iter(kinds)) if len(kinds) == 1 else '; '.join(f'{k} ({name(k)})' for k in kinds)
 
 def _control(full: dict, row: dict, metrics: Sequence[str], n: int, seed: int) -> str:
-    "Where a control lies: by finding F1 if there is one, else by the first mean over categories, else by the first metric that both have."
-    preferred = ['finding_f1', *(m for m in metrics if m.startswith('mean.')), *metrics]
+    "Where a control lies: by finding F1 if there is one, else by the first mean over categories, else by ROUGE-L (an answer of one word has no BLEU-4), else by the first metric that both have."
+    preferred = ['finding_f1', *(m for m in metrics if m.startswith('mean.')), *(m for m in metrics if m == 'rougeL'), *metrics]
     metric = next((m for m in preferred if m in full['metrics'] and m in row['metrics']), None)
     if metric is None: return 'control: no metric in common with the full model'
     found = difference(full, row, metric, n, seed)

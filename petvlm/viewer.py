@@ -8,6 +8,7 @@ import base64, hashlib, re
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
+from pydicom.multival import MultiValue
 from fastcore.xml import A, FT, Body, Code, Div, Figcaption, Figure, Footer, H1, H2, H3, Head, Html, Img, Meta, P, Safe, Section, Style, Table, Td, Th, Title, Tr, to_xml
 from .dicom import Pair, SeriesInfo, SeriesList, read_series
 from .figures import Picture, fused, mark, mip, png, straight
@@ -39,14 +40,19 @@ _OTHERS = ('PatientID', 'OtherPatientIDs', 'PatientBirthDate', 'PatientAddress',
 
 def _identifiers(series: SeriesInfo) -> set[str]:
     "What names a person, a visit or a place, from three letters on; of people's names every part."
-    value = lambda k: str(series.headers[0].get(k) or '').strip()
-    parts = [w for k in _PEOPLE for w in re.split(r'[\s^=,\\]+', value(k))]
-    return {w for w in [*parts, *map(value, _PEOPLE + _OTHERS), series.uid, series.study, series.frame] if len(w) > 2}
+    def values(k):
+        found = series.headers[0].get(k)
+        return [str(v).strip() for v in (found if isinstance(found, (list, MultiValue)) else [found]) if v is not None]
+    parts = [w for k in _PEOPLE for v in values(k) for w in re.split(r'[\s^=,\\]+', v)]
+    return {w for w in [*parts, *(v for k in _PEOPLE + _OTHERS for v in values(k)), series.uid, series.study, series.frame] if len(w) > 2}
 
 def clean(text: str, series: SeriesInfo) -> str:
     "`text` about `series` without its identifiers and file names."
-    for k, file in enumerate(series.files, 1): text = text.replace(file.name, f'file {k}')
-    for word in sorted(_identifiers(series), key=len, reverse=True): text = re.sub(rf'(?<!\w){re.escape(word)}(?!\w)', '[removed]', text, flags=re.I)
+    names: dict[str, str] = {}
+    for k, file in enumerate(series.files, 1): names.setdefault(file.name, f'file {k}')
+    any_of = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
+    if any_of: text = re.sub(rf'(?<![\w.])(?:{any_of})(?!\w|\.\d)', lambda m: names[m[0]], text)           # a file called 1 is not the 1 of 109.8 min
+    for word in sorted(_identifiers(series), key=len, reverse=True): text = re.sub(rf'(?<![^\W_]){re.escape(word)}(?![^\W_])', '[removed]', text, flags=re.I)       # also in PET_NAME_AC
     return text
 
 # %% ../nbs/34_viewer.ipynb #681bac06
@@ -60,6 +66,7 @@ def read_pair(pair: Pair) -> Study:
 def _why_used(series: SeriesInfo, pair: Pair) -> str:
     if series is pair.pet: return f"the PET: SUV settled by its headers; {series.attenuation_reason or 'attenuation correction not stated'}"
     if pair.pet is None: return 'the CT (no PET to match it with)'
+    if not (series.frame and pair.pet.frame): return 'the CT: frame of reference not stated'
     return f"the CT: {'same' if series.frame == pair.pet.frame else 'another'} frame of reference as the PET"
 
 def series_section(found: SeriesList, pair: Pair) -> FT:
@@ -101,8 +108,9 @@ def places(points, ct: Volume | None) -> list[str]:
     if ct is None: return ['']*len(points)
     bounds, (zs, xs) = region_bounds(ct, overlap=0), middle(ct)
     regions = {name: ct.world([(a-.5, 0, 0), (b-.5, 0, 0)])[:, 2] for name, (a, b) in bounds.items()}
+    low, high = ct.world([(-.5, 0, 0), (ct.shape[0] - .5, 0, 0)])[:, 2]                # a region of a few slices has no name
     def one(x, y, z):
-        region = next((NAMES[n] for n, (lo, hi) in regions.items() if lo <= z <= hi), 'outside the CT')
+        region = next((NAMES[n] for n, (lo, hi) in regions.items() if lo <= z <= hi), 'edge of the CT' if low <= z <= high else 'outside the CT')
         off = x - np.interp(z, zs, xs)
         return f'{region}, ' + ('midline' if abs(off) < MIDLINE_MM else f"{'left' if off > 0 else 'right'}, {abs(off):.0f} mm from the midline")
     return [one(*p) for p in points]

@@ -69,9 +69,9 @@ def _reap(kernels: dict) -> None:
 
 def serve(path: str, modules: Sequence[str] = IMPORTED) -> None:
     "Import `modules`, then fork kernels for whoever asks at the socket `path`, until the process that started this one has ended; kernels that still run then are ended, too."
+    parent, kernels = os.getppid(), {}             # asked first: importing takes long enough for the parent to end
     for m in modules: importlib.import_module(m)
     if 'matplotlib.pyplot' in sys.modules: raise WarmError(f"one of {modules} imports matplotlib.pyplot, which looks for its notebook when it is imported: figures would be lost; leave it out")
-    parent, kernels = os.getppid(), {}
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path); os.chmod(path, 0o600); door.listen()
         while os.getppid() == parent:

@@ -165,7 +165,7 @@ def test_the_key_comes_from_the_environment(folders, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the configuration
 
-@pytest.mark.parametrize('point', ['gpt4o', 'medgemma'])
+@pytest.mark.parametrize('point', ['gpt4o', 'medgemma_fewshot'])
 def test_nothing_is_sent_unless_an_address_is_given(point, monkeypatch, tmp_path):
     import socket
     def refuse(*a): raise AssertionError('a connection was opened')

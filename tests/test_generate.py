@@ -1,6 +1,7 @@
 "Many questions in one batch, each image read once: the words are those of one question at a time."
 import functools
 import numpy as np, pytest, torch
+from petvlm import generate
 from petvlm.config import resolve
 from petvlm.generate import GenerateError, answers, heads_first, primed, write
 from petvlm.language import train_tokenizer
@@ -90,6 +91,21 @@ def test_an_encoder_decoder_reads_question_and_image_together():
     model, processor, rows = system('r2gen')
     say = lambda asked, **kw: write(model, processor, rows, asked, max_new_tokens=6, progress=False, **kw)
     assert say(ASKED) == [say([one])[0] for one in ASKED]
+
+def test_a_killed_call_goes_on_and_nothing_is_answered_twice(tmp_path, monkeypatch):
+    model, processor, rows = system('vipet'); made, left, real = [], [2], generate.answers
+    def counted(*a, **kw):
+        if len(made) == left[0]: raise KeyboardInterrupt
+        made.append(len(kw['which'])); return real(*a, **kw)
+    say = lambda **kw: write(model, processor, rows, ASKED, batch=2, progress=False, **({'max_new_tokens': 8} | kw))
+    whole = say(); monkeypatch.setattr(generate, 'answers', counted)
+    with pytest.raises(KeyboardInterrupt): say(keep=tmp_path)
+    (path,) = tmp_path.iterdir()
+    with open(path, 'a') as f: f.write('[4, ["half a li')
+    left[0] = 99; assert say(keep=tmp_path) == whole and made == [2, 2, 2, 1]
+    assert say(keep=tmp_path) == whole and len(made) == 4
+    for kw in ({'arm': 'noise'}, {'max_new_tokens': 3}, {'seed': 1}): say(keep=tmp_path, **kw)                # other questions, other answers
+    assert len(made) == 16 and len([*tmp_path.iterdir()]) == 4
 
 def test_heads_go_before_the_padding():
     ids = torch.tensor([[2, 2, 0, 3, 3, 7, 8], [0, 3, 3, 5, 6, 7, 8], [2, 0, 3, 3, 9, 9, 9]]); mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1]*7, [0] + [1]*6])

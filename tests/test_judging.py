@@ -3,7 +3,8 @@ import json
 import numpy as np, pandas as pd, pytest
 from petvlm.believe import BelieveError, ratings
 from petvlm.detection import NAMED, detection
-from petvlm.facts import paired_bootstrap, statistic_of, sums_of
+from petvlm.evaluate import _joined, number_accuracy
+from petvlm.facts import FactError, p_of, paired_bootstrap, statistic_of, sums_of
 from petvlm.findings import Finding
 from petvlm.inject import ERRORS
 from petvlm.lesionfacts import LESION_METRICS, lesion_scores
@@ -17,6 +18,25 @@ def scored(point, arm, texts, truth, **more):
 TRUTH = [[Finding('lung', 'left', 'nodule', 12., 5., 'increased')] for _ in range(8)]
 RIGHT = ['A nodule in the left lung, 12 mm, hypermetabolic (SUVmax: 5.0).']*8
 FLIPPED = [t.replace('left', 'right') for t in RIGHT]
+
+
+# --- numbers of lesions, and p
+
+def test_lesions_without_numbers_cost_nothing_and_effusions_are_not_asked_for_their_length():
+    texts, patients = ['A nodule in the left lung, 12 mm, hypermetabolic (SUVmax: 5.0).', 'Intense focus in the hilum.', 'Pleural effusion on the left, 20 mm.'], ['p0', 'p1', 'p2']
+    truth = [[Finding('lung', 'left', 'nodule', 12., 5., 'increased')], [], [Finding('pleura', 'left', 'effusion', 20., None, 'none')]]
+    measured = [{'size_mm': 12.4, 'suvmax': 5.1}, {}, {'size_mm': 140.}]
+    found = number_accuracy(texts, truth, measured, patients, 'en', n=100)
+    assert found['metrics']['size_mm.accuracy']['value'] == found['metrics']['size_mm_voxels.accuracy']['value'] == found['metrics']['suvmax_voxels.accuracy']['value'] == 100
+    assert number_accuracy(texts[1:2], truth[1:2], measured[1:2], patients[1:2], 'en', n=100) == {'metrics': {}, 'per_patient': {'patients': []}}
+    judged = lesion_scores(texts, truth, patients, 'en', n=100); both = _joined(judged, found)
+    rows = sums_of('size_mm_voxels.accuracy', both['per_patient']); assert rows.shape[0] == 3 and not rows[1].any() and not rows[2].any() and statistic_of('size_mm_voxels.accuracy')(rows.sum(0)) == 100
+    with pytest.raises(FactError, match='1 patients have numbers'): _joined({'metrics': {}, 'per_patient': {'patients': ['p0', 'p1']}}, found)
+
+def test_p_is_not_smaller_than_so_few_patients_can_show():
+    one, other = np.array([3., 4.]), np.array([1., 2.])
+    assert paired_bootstrap(one, other)['p'] == .5 and paired_bootstrap(np.r_[one, one, one], np.r_[other, other, other])['p'] == 2**-5
+    assert p_of(np.full(2000, np.nan), 60) == 1 and p_of(np.r_[np.full(1000, np.nan), np.ones(1000)], 60) == pytest.approx(2/1001)
 
 
 # --- the table of lesions

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest, yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from petvlm.cli import plan_text
-from petvlm.config import load_params
+from petvlm.config import ConfigError, load_params
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
@@ -79,3 +79,9 @@ def test_parameters_are_yaml_to_a_strict_reader_too():
     "DVC reads params.yaml with ruamel, which takes no key twice; PyYAML would keep the last one in silence."
     from ruamel.yaml import YAML
     assert set(YAML(typ='safe').load(ROOT/'params.yaml')) == set(load_params(ROOT/'params.yaml'))
+
+def test_a_key_that_stands_twice_in_params_is_refused(tmp_path):
+    (tmp_path/'params.yaml').write_text('scale: smoke\nablations: {a: 1}\npoints: {p: {x: 1, y: &s [1]}, q: *s}\nablations: {b: 2}\n')
+    with pytest.raises(ConfigError, match=r"params.yaml: found 'ablations' in line 2 and again in line 4"): load_params(tmp_path/'params.yaml')
+    (tmp_path/'params.yaml').write_text('points: {p: {x: 1, x: 2}}\n')
+    with pytest.raises(ConfigError, match="'x' in line 1 and again in line 1"): load_params(tmp_path/'params.yaml')

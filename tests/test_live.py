@@ -124,9 +124,7 @@ def test_nothing_foreign_in_the_page_and_no_address(tmp_path):
 
 def test_pictures_for_paper_are_the_same_bytes_twice_and_other_endings_are_refused(tmp_path):
     over = Overview([of_report(report())])
-    for end in ('png', 'pdf', 'svg'):
-        if end != 'svg': assert over.save(tmp_path/f'a.{end}').read_bytes() == over.save(tmp_path/f'b.{end}').read_bytes()
-        else: assert '<svg' in over.save(tmp_path/'a.svg').read_text()
+    for end in ('png', 'pdf', 'svg'): assert over.save(tmp_path/f'a.{end}').read_bytes() == over.save(tmp_path/f'b.{end}').read_bytes()
     with pytest.raises(FigureError, match='jpg'): over.save(tmp_path/'a.jpg')
     with pytest.raises(FigureError, match='no stage'): Overview([]).save(tmp_path/'c.png')
     assert not (tmp_path/'a.jpg').exists() and not (tmp_path/'c.png').exists()

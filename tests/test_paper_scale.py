@@ -103,7 +103,7 @@ def test_at_paper_scale_nothing_stands_in_for_published_weights(point):
     assert {s.images for s in stages} == {'image'} and not any(o.startswith(('sites', 'match')) for s in stages for o, w in s.objective.items() if w)
     assert not hasattr(model, 'heads') and not hasattr(model, 'truth')
 
-EPOCHS = {  # epochs, items, batch of a card, cards (and batches of each that one step accumulates)
+EPOCHS = {  # epochs, items, batch of a card, cards (and batches of each): a step is all of them, on however many cards it is taken
     'med3dvlm': {'contrast': (100, 115_000, 64, 8), 'projection': (3, 115_000 + 509_755, 16, 8), 'instruct': (5, 115_000 + 662_000, 8, 8)},        # section 3.4, facts.md 2; its README
     'petar': {'organ_projection': (5, 100_000, 8, 2), 'organ_full': (5, 100_000, 2, 2), 'projection': (5, 11_356 - 1_175, 8, 2), 'full': (5, 11_356 - 1_175, 2, 2)},   # facts.md 4
     'content_topic': {'joint': (5, .7*3_955, 8, 1)}, 'vipet': {'projection': (20, 27_855, 16, 4, 4), 'instruct': (20, 27_855 + 8_271, 8, 4, 4)}}         # its section 3; facts.md 6
@@ -112,7 +112,7 @@ EPOCHS = {  # epochs, items, batch of a card, cards (and batches of each that on
 def test_steps_are_the_published_epochs(point):
     for name, (epochs, items, batch, cards, *accumulate) in EPOCHS[point].items():
         stage = resolve(point, 'paper').stages[name]
-        assert stage.batch == batch and stage.accumulate == (*accumulate, 1)[0] and abs(stage.steps - epochs*items/(batch*cards*stage.accumulate)) <= 1, name
+        assert stage.batch == batch and stage.accumulate == cards*(*accumulate, 1)[0] and abs(stage.steps - epochs*items/(batch*stage.accumulate)) <= 1, name
 
 # ---- What moves. Parts by name; 'mask' is PETAR's mask embedding, 'lm:...' are kinds of parameters of the language model.
 CODE_2, CODE_3 = {'project', 'lm:inputs'}, {'encode', 'project', 'lm:adapters', 'lm:inputs', 'lm:outputs'}

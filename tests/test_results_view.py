@@ -167,12 +167,13 @@ def test_a_script_that_would_end_early_is_refused():
 
 def test_an_exhibit_keeps_a_picture_and_saves_whole_files_only(table, found, tmp_path):
     e = Exhibit(forest_figure(found), lambda: forest_picture(found), 'forest'); bundle = e._repr_mimebundle_()
-    assert base64.b64decode(bundle['image/png'])[:4] == b'\x89PNG' and bundle['application/vnd.plotly.v1+json']['data'] and bundle['text/plain'] == 'Exhibit: forest'
+    assert 'image/png' not in bundle and '<svg' in bundle['image/svg+xml'] and e._repr_mimebundle_() == bundle and bundle['application/vnd.plotly.v1+json']['data'] and bundle['text/plain'] == 'Exhibit: forest'
+    assert e.save(tmp_path/'a.svg').read_bytes() == e.save(tmp_path/'deep'/'b.svg').read_bytes() == bundle['image/svg+xml'].encode()
     assert e.save(tmp_path/'a.pdf').read_bytes() == e.save(tmp_path/'deep'/'b.pdf').read_bytes() and e.save(tmp_path/'a.png').stat().st_size > 5000
     def breaks(): raise ValueError('no')
     with pytest.raises(ValueError): Exhibit(None, breaks, '').save(tmp_path/'c.png')
     with pytest.raises(FigureError, match='docx'): e.save(tmp_path/'c.docx')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.pdf', 'a.png', 'deep']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.pdf', 'a.png', 'a.svg', 'deep']
 
 def test_the_twin_of_a_table_says_the_same(table):
     twin = table_picture(table); said = {c.get_text().get_text() for c in twin.axes[0].tables[0].get_celld().values()}

@@ -70,7 +70,8 @@ def test_the_tour_in_jupyterlab(tmp_path, room, monkeypatch):
         for want in (spans[-1], spans[0]):
             at = lab.js(f"(() => {{ const s = {B}.sentences.find(s => s.span[0] === {want[0]}); s.e.scrollIntoView({{block: 'center'}}); const b = s.e.getClientRects()[0]; return [b.x + b.width/2, b.y + b.height/2]; }})()")
             lab.click(*at); lab.until(f"{B}.store.get('selected')[0] === {want[0]} && {B}.goes === '' && {B}.found?.tokens > 0")         # the planes have gone there, too
-        lab.js("new Promise(done => setTimeout(done, 400))"); assert json.loads(python(lab, 'print(list(seen.selected))')) == spans[0]
+        heard = f"import json; from petvlm.attentionrecord import tokens_at; print(json.dumps([list(seen.selected), bool((tokens_at(record.sections[sentences(record)[0].section], seen.position) >= 0).all())]))"
+        lab.wait(lambda: json.loads(python(lab, heard)) == [spans[0], True], 'Python to hear of the sentence, and of the planes that went where its tokens are')
         inside = json.loads(python(lab, 'from petvlm.attentionrecord import shares; print(__import__("json").dumps(shares(record, seen.selected).inside))')); shown = lab.js(f"{B}.found.inside ?? null")
         assert (inside is None) == (shown is None) and (inside is None or abs(inside - shown) < 1e-4)
         shoot(lab, room, 'tour-sentence', B)

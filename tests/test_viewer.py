@@ -68,7 +68,7 @@ def test_a_refused_series_is_listed_with_its_reason():
 
 
 def test_nobody_is_named():
-    html = page(refused=[(series('PT', 'NAC NGUYEN binh'), 'binh_2.dcm of HN-0042 in 1.2.3.4567 is broken')])
+    html = page(refused=[(series('PT', 'NAC NGUYEN binh PET_NGUYEN_AC HN-0042_WB'), 'binh_2.dcm of HN-0042 in 1.2.3.4567 is broken')])
     for secret in ('nguyen', 'binh', 'hn-0042', '1.2.3.4567', '.dcm'): assert secret not in html.lower()
 
 

@@ -109,7 +109,7 @@ export class Explainer extends Viewer {
     const slider = make('input', {type: 'range', min: 0, max: 1, step: .05, value: store.get('strength'), 'aria-label': 'strength of the overlay'});
     slider.addEventListener('input', () => store.set('strength', +slider.value));
     this.shows.strength = () => { slider.value = store.get('strength'); };
-    const most = i => Math.max(...setup.explained.map(r => r.sections[0].kept[i])), of = i => Math.max(...setup.explained.map(r => r.shape[i]));
+    const most = i => Math.min(...setup.explained.map(r => r.sections[0].kept[i])), of = i => Math.max(...setup.explained.map(r => r.shape[i]));
     bar.append(this.choice('show', ['attention', 'S', 'nothing'], store.get('overlay'), v => store.set('overlay', v), 'overlay'), make('label', {}, 'strength ', slider),
       this.number('layer', most(0), of(0)), this.number('head', most(1), of(1)), this.choice('choose', ['sentence', 'word'], setup.shared.unit, v => this.unit(v)), whole);
     return bar;
@@ -217,9 +217,9 @@ export class Explainer extends Viewer {
   press(name, e, first) { if (name !== 'mip') this.byHand = this.tool === 'crosshair'; super.press(name, e, first); }
   release(name, e) { if (name === 'mip' && !this.panels.mip.drag.moved) this.byHand = true; super.release(name, e); }
   async read() {
+    const byHand = this.byHand; this.byHand = false;     // of this question alone: the hand may have moved on before the answer comes
     this.reading = null; await super.read();
-    if (!this.byHand || !this.reading) return;
-    this.byHand = false;
+    if (!byHand || !this.reading) return;
     const spot = this.setup.spots.find(s => s.name === this.reading.labels.lesions), label = spot ? spot.label : 0;
     if (label !== this.store.get('lesion')) this.store.set('lesion', label);
   }
@@ -325,6 +325,7 @@ export class Explained {
     const [a, b] = this.viewers;
     if (!b) return;
     a.twin = b; b.twin = a;
+    for (const k of ['tool', 'radius']) Object.defineProperty(b, k, {get: () => a[k], set: v => { a[k] = v; }});      // one bar serves both
     top.append(...a.root.querySelectorAll('.petvlm-bar')); foot.append(...a.root.querySelectorAll('.petvlm-list'));      // they serve both
     for (const e of b.root.querySelectorAll('.petvlm-bar, .petvlm-list')) e.remove();
     b.line.remove();

@@ -31,7 +31,7 @@ export class Retrieval {
   build(el) {
     this.root = make('div', {class: 'petvlm-retrieval'}); this.root.petvlm = this; this.root.dataset.lmSuppressShortcuts = 'true';
     this.way = make('select', {'aria-label': 'what finds what'}, ...Object.entries(WAYS).map(([k, v]) => make('option', {value: k}, v)));
-    this.way.addEventListener('change', () => { this.typed = null; this.store.set('direction', this.way.value); });
+    this.way.addEventListener('change', () => { this.wanted++; this.typed = null; this.store.set('direction', this.way.value); });
     this.word = make('input', {type: 'search', placeholder: this.ask ? 'type a query, or part of a text to choose one' : 'part of a text', 'aria-label': 'query'});
     this.word.addEventListener('input', () => this.list());
     const form = make('form', {}, this.word, ...(this.ask ? [make('button', {type: 'submit'}, 'find')] : []));
@@ -55,7 +55,7 @@ export class Retrieval {
       if (part && !this.setup.texts[i].toLowerCase().includes(part) && !this.setup.names[i].toLowerCase().includes(part)) continue;
       const b = make('button', {type: 'button', 'aria-pressed': String(this.typed === null && i === this.store.get('chosen'))}, make('small', {}, this.setup.names[i]),
         this.direction === 'text' ? make('span', {class: 'petvlm-rclip'}, this.setup.texts[i]) : this.picture(i));
-      b.dataset.row = i; b.addEventListener('click', () => { this.typed = null; this.store.set('chosen', i); });
+      b.dataset.row = i; b.addEventListener('click', () => { this.wanted++; this.typed = null; this.store.set('chosen', i); this.draw(); });
       rows.push(b);
     }
     this.queries.replaceChildren(...rows);

@@ -164,9 +164,11 @@ export class LocalSource {
     return {rows, cols, bytes, depths, angle, sides: sides[String(angle)], table: this.local.tables.pet, depth: mirrored ? [-low, -by] : [low, by]};
   }
   at(k, ijk) { const {shape} = this.setup.frame; return this.data[k][(ijk[0]*shape[1] + ijk[1])*shape[2] + ijk[2]]; }
+  // Whether a place lies in the scan itself, not in what fills the common grid around it.
+  within(k, xyz) { const {shape, inverse} = this.local.scans[k]; return apply(inverse, xyz).map(Math.round).every((v, i) => v >= 0 && v < shape[i]); }
   async read(xyz) {
     const {setup} = this, ijk = apply(setup.frame.inverse, xyz).map((v, i) => clamp(Math.round(v), 0, setup.frame.shape[i] - 1)), values = {}, labels = {};
-    for (const k of setup.images) values[k] = this.local.tables[k][this.at(k, ijk)];
+    for (const k of setup.images) values[k] = this.within(k, xyz) ? this.local.tables[k][this.at(k, ijk)] : null;
     for (const k of setup.labels) { const v = this.at(k, ijk); labels[k] = v ? setup.names[k][v] || `${k.slice(0, -1)} ${v}` : ''; }
     let side = '';
     if (setup.midline) {
@@ -181,11 +183,11 @@ export class LocalSource {
     const [lo, hi] = [-1, 1].map(sign => c.map((v, i) => clamp(Math.round(v) + sign*reach[i], 0, shape[i] - 1)));
     for (let d = lo[0]; d <= hi[0]; d++) for (let h = lo[1]; h <= hi[1]; h++) for (let w = lo[2]; w <= hi[2]; w++) {
       const mm = apply(setup.frame.affine, [d, h, w]);
-      if (distance(mm, xyz) > radius) continue;
+      if (distance(mm, xyz) > radius || !this.within('pet', mm)) continue;
       const v = this.local.tables.pet[this.at('pet', [d, h, w])];
       n++; sum += v; if (v > top) { top = v; at = mm; }
     }
-    if (!n) return {error: `no voxel lies within ${radius} mm`};
+    if (!n) return {error: `no voxel of the PET lies within ${radius} mm`};
     return {suvmax: top, suvpeak: null, suvmean: sum/n, ml: n*spacing[0]*spacing[1]*spacing[2]/1000, at, unit: setup.unit};
   }
   close() { this.data = {}; }
