@@ -8,6 +8,7 @@ from petvlm.facts import FactError, p_of, paired_bootstrap, statistic_of, sums_o
 from petvlm.findings import Finding
 from petvlm.inject import ERRORS
 from petvlm.lesionfacts import LESION_METRICS, lesion_scores
+from petvlm.lesiontext import write_lesion
 from petvlm.lesiontable import ARM_NAMES, BLOCKS, lesion_table, lesions_markdown, write_lesions
 from petvlm.ratingsheet import SHEET, believed_by_physicians, predictions_of, rating_sheet, sheet_scores, write_sheet
 from petvlm.tables import RESULT, difference
@@ -23,8 +24,8 @@ FLIPPED = [t.replace('left', 'right') for t in RIGHT]
 # --- numbers of lesions, and p
 
 def test_lesions_without_numbers_cost_nothing_and_effusions_are_not_asked_for_their_length():
-    texts, patients = ['A nodule in the left lung, 12 mm, hypermetabolic (SUVmax: 5.0).', 'Intense focus in the hilum.', 'Pleural effusion on the left, 20 mm.'], ['p0', 'p1', 'p2']
     truth = [[Finding('lung', 'left', 'nodule', 12., 5., 'increased')], [], [Finding('pleura', 'left', 'effusion', 20., None, 'none')]]
+    texts, patients = [write_lesion(truth[0][0], 'en'), 'Intense focus in the hilum.', write_lesion(truth[2][0], 'en')], ['p0', 'p1', 'p2']
     measured = [{'size_mm': 12.4, 'suvmax': 5.1}, {}, {'size_mm': 140.}]
     found = number_accuracy(texts, truth, measured, patients, 'en', n=100)
     assert found['metrics']['size_mm.accuracy']['value'] == found['metrics']['size_mm_voxels.accuracy']['value'] == found['metrics']['suvmax_voxels.accuracy']['value'] == 100

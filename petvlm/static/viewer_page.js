@@ -136,7 +136,11 @@ export class Viewer {
   panel(name) {
     const canvas = make('canvas', {tabIndex: 0, class: 'petvlm-canvas', 'aria-label': name === 'mip' ? 'maximum-intensity projection' : `${name} plane`});
     const p = this.panels[name] = {canvas, picture: document.createElement('canvas'), lines: []};
-    canvas.addEventListener('pointerdown', e => { canvas.focus({preventScroll: true}); canvas.setPointerCapture(e.pointerId); p.drag = {x: e.offsetX, y: e.offsetY, angle: this.store.get('angle'), moved: false, from: this.store.get('position')}; this.press(name, e, true); e.preventDefault(); });
+    canvas.addEventListener('pointerdown', e => {
+      canvas.focus({preventScroll: true}); canvas.setPointerCapture(e.pointerId);
+      p.drag = {x: e.offsetX, y: e.offsetY, angle: this.store.get('angle'), moved: false, from: this.store.get('position')};
+      this.press(name, e, true); e.preventDefault();
+    });
     canvas.addEventListener('pointermove', e => { if (!p.drag) return; p.drag.moved ||= Math.hypot(e.offsetX - p.drag.x, e.offsetY - p.drag.y) > 3; this.press(name, e, false); });
     canvas.addEventListener('pointerup', e => { if (p.drag) this.release(name, e); p.drag = null; this.draw(name); });
     canvas.addEventListener('pointercancel', () => { p.drag = null; this.draw(name); });
@@ -170,7 +174,8 @@ export class Viewer {
     const p = this.panels[name], {rows, cols} = p.answer, [sx, sy] = this.pixel(name), {width, height} = p.canvas;
     const scale = Math.min(width/(cols*sx), height/(rows*sy))*this.zoom, kx = sx*scale, ky = sy*scale;
     let ox = (width - cols*kx)/2, oy = (height - rows*ky)/2;
-    if (this.zoom > 1) { const [r, c] = this.spot(name, p.drag ? p.drag.from : this.store.get('position'));     // while a button is down the view stands still ox = width/2 - (c + .5)*kx; oy = height/2 - (r + .5)*ky; }
+    // while a button is down the view stands still
+    if (this.zoom > 1) { const [r, c] = this.spot(name, p.drag ? p.drag.from : this.store.get('position')); ox = width/2 - (c + .5)*kx; oy = height/2 - (r + .5)*ky; }
     return {kx, ky, ox, oy, scale};
   }
   hit(name, e) {
