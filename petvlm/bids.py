@@ -168,7 +168,7 @@ def read_bids(path, frame: int | str | None = None, sidecar=None, **given) -> Vo
     """A canonical `Volume` (D, H, W) in SUVbw from a `*_pet.nii.gz` and its `*_pet.json`, provenance in `meta['suv']` (as from DICOM, `SUVProvenance`).
 
     `frame`: of a dynamic scan the frame's number from 0, or 'mean' over time; None is refused there. `sidecar`: another JSON file. `given`: see `suv_factors`. The body weight may stand in sessions.tsv or participants.tsv.
-    Raises `BidsError` naming field and remedy; nothing of the participant goes into `meta`. Source: BIDS specification, Positron Emission Tomography."""
+    Raises `BidsError` naming field and remedy; nothing of the participant goes into `meta`. Voxels that are no number are 0, which `meta['notes']` tells. Source: BIDS specification, Positron Emission Tomography."""
     path = Path(path); sidecar = Path(sidecar) if sidecar else _stem(path).with_suffix('.json')
     if not sidecar.exists(): raise BidsError(f"{sidecar.name} is not beside {path.name}; SUV cannot be computed. Remedy: pass sidecar=.")
     side, (img, n) = read_json(sidecar, BidsError, dict), _image(path)
@@ -177,6 +177,7 @@ def read_bids(path, frame: int | str | None = None, sidecar=None, **given) -> Vo
     found = suv_factors(side, path, n, **given)
     data = _suv_data(img, n, found.factor, side, frame)
     meta = {'modality': 'PT', 'frames': n, 'frame': 0 if n == 1 else frame, 'suv': found.to_dict()}
+    if lost := int(data.size - np.isfinite(data).sum()): data, meta = np.where(np.isfinite(data), data, 0.), meta | {'notes': [f'{lost} voxels were no number and are read as 0']}
     return Volume(data.transpose(2, 1, 0), (_FLIP @ img.affine)[:, [2, 1, 0, 3]], 'SUVbw', meta).canonical()
 
 # %% ../nbs/03a_bids.ipynb #1a04569d

@@ -194,9 +194,9 @@ OBJECTIVES = {
     'sites': Reads(('encode.{}',), ('encode.{}', 'heads.{}')),
     'clip': Reads(('encode.{}', 'text', 'latent', 'tau', 'symmetric'), ('encode.{}', 'text.{}', 'latent.{}')),
     'siglip': Reads(('encode.{}', 'text', 'latent', 'siglip'), ('encode.{}', 'text.{}', 'latent.{}', 'sigmoid.{}')),
-    'contrast': Reads(('encode.full', 'project', 'lm', 'tau'), ('encode.full', 'project', 'lm')),
+    'contrast': Reads(('encode.full', 'pool', 'project', 'lm', 'tau'), ('encode.full', 'project', 'lm')),
     'lm': Reads(('encode.full', 'pool', 'project', 'lm'), ('encode.full', 'project', 'lm')),
-    'align': Reads(('align',), ()), 'match': Reads(('project',), ('truth',))}
+    'align': Reads(('align',), ()), 'match': Reads(('encode.full', 'pool', 'project'), ('encode.full', 'project', 'truth'))}
 
 # %% ../nbs/00_config.ipynb #a477a751
 class _Once(yaml.SafeLoader): "YAML in which a key stands once: of two the first would be lost without a word."

@@ -37,13 +37,13 @@ EQUAL = 1e-6   # cosine this near to 1: the same text, up to float32
 
 def equal_texts(text: Tensor) -> Tensor:
     "`(B, B)` bool: rows of `text` (B, C) with the same direction, the diagonal included."
-    same = similarity(text.float(), text.float()) > 1 - EQUAL
+    same = similarity(text, text) > 1 - EQUAL
     return same | torch.eye(len(text), dtype=torch.bool, device=text.device)
 
 def info_nce(image: Tensor, text: Tensor, tau: float | Tensor = .07, mask_equal: bool = True) -> Tensor:
     "Symmetric InfoNCE of `image` (B, C) with `text` (B, C), row i belonging to row i, texts equal to row i's own not among its negatives; a scalar. `LossError` if the rows are not pairs. `tau`: the content/topic paper, section 3.2."
     if len(image) != len(text): raise LossError(f"info_nce needs pairs, found {len(image)} images and {len(text)} texts")
-    logits, own = similarity(image.float(), text.float())/tau, torch.arange(len(text), device=text.device)
+    logits, own = similarity(image, text)/tau, torch.arange(len(text), device=text.device)
     if mask_equal: logits = logits.masked_fill(equal_texts(text) & ~torch.eye(len(text), dtype=torch.bool, device=text.device), -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 

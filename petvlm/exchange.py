@@ -145,7 +145,7 @@ class _Exchange(torch.autograd.Function):
     "`compute(image, text, factor, bias)` -> sums over this process's images, and the gradients of its texts; see `_siglip`, `_clip`."
     @staticmethod
     def forward(ctx, image, text, factor, bias, compute, count, averaged, group):
-        sums, home = compute(image, text, factor, bias)
+        with torch.autocast(image.device.type, enabled=False): sums, home = compute(image, text, factor, bias)
         by = (_world(group)[1] if averaged else 1)/count
         ctx.save_for_backward(sums.image*(factor*by), home*(factor*by), (sums.factor*by).to(factor.dtype), (sums.bias*by).to(bias.dtype))
         return (_total(sums.loss, group)/count).to(image.dtype)

@@ -185,7 +185,7 @@ def by_question(here: Sequence[Sample], there: Sequence[Sample]) -> dict[str, tu
             if len(found) == 1 and answer in found and found.total() >= ENOUGH: decided.append((s.row,))
     return {kind: tuple(v) for kind, v in out.items()}
 
-# %% ../nbs/31e_leakage.ipynb #9241bcac
+# %% ../nbs/31e_leakage.ipynb #e7614854
 class Line(NamedTuple):
     "One check of the rows of `split`, against those of another side or among themselves (''): `number` of `of` are hit, `examples` are numbers of rows."
     check: str
@@ -222,6 +222,7 @@ def _within(split: str, a: list[Sample]) -> Iterable[Line]:
     yield line('images repeated', repeated_images(a), len(a))
     for stated, name in ((True, 'with findings'), (False, 'without findings')): yield line(f'report repeated, {name}', repeated_texts(a, stated), len(_told(a, stated)))
 
+# %% ../nbs/31e_leakage.ipynb #b15868d6
 def audit_samples(samples: Sequence[Sample]) -> pd.DataFrame:
     "Every check as a table: check, severity, split, against, number, of, share, examples. A side without rows is left out. Raises `AuditError` for a split that is none."
     if strange := sorted({s.split for s in samples} - set(SIDES)): raise AuditError(f"split {strange[0]!r}: expected one of {sorted(SIDES)}")
@@ -236,6 +237,7 @@ def audit(folder) -> pd.DataFrame:
     table = audit_samples(row_samples(folder))
     return table.assign(data_hash=hashlib.sha256((Path(folder)/'rows.jsonl').read_bytes()).hexdigest()[:12])
 
+# %% ../nbs/31e_leakage.ipynb #e0064d29
 def leaks(table: pd.DataFrame) -> pd.DataFrame:
     "The lines of an audit that refuse a data set."
     return table[(table['severity'] == 'leak') & (table['number'] > 0)]

@@ -138,14 +138,24 @@ METHODS = {'fixed': None, 'percent41': .41, 'percent50': .5, 'percist': None, 'i
 MARGIN_MM = 20.
 _NEIGHBOURS = np.ones((3, 3, 3), bool)                        # 26-connected: a focus that touches at a corner is one focus
 
+def _wide(box: tuple[slice, ...], mm: float, spacing) -> tuple[slice, ...]:
+    "`box` with `mm` more on every side."
+    return tuple(slice(max(0, s.start - p), s.stop + p) for s, p in zip(box, (int(np.ceil(mm/v)) for v in spacing)))
+
+def _nearest(seeds: np.ndarray, box: tuple[slice, ...], spacing) -> np.ndarray:
+    "The nearest seed of every voxel of `box`, among those that reach into twice `MARGIN_MM` around it."
+    wide = _wide(box, 2*MARGIN_MM, spacing); part = seeds[wide]
+    at = ndi.distance_transform_edt(part == 0, sampling=spacing, return_distances=False, return_indices=True)
+    return part[tuple(at)][tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide))]
+
 def _redraw(suv, seeds, fraction: float, spacing) -> np.ndarray:
-    "Each seed drawn again at `fraction` of its maximum, connected to its hottest voxel; where two meet, the hotter keeps the voxel."
+    "Each seed drawn again at `fraction` of its maximum, connected to its hottest voxel, among the voxels that no other seed is nearer to: a cool focus does not take the rim of a hot one, nor a hot one the whole of a cool one."
     out = np.zeros_like(seeds); boxes = ndi.find_objects(seeds)
     tops = ndi.maximum_position(suv, seeds, np.arange(1, len(boxes)+1)) if boxes else []
-    for k, top in sorted(enumerate(tops, 1), key=lambda t: suv[t[1]]):   # coolest first, so that hotter foci overwrite
-        pad = [int(np.ceil(MARGIN_MM/s)) for s in spacing]
-        wide = tuple(slice(max(0, s.start-p), s.stop+p) for s, p in zip(boxes[k-1], pad))
-        parts, _ = ndi.label(suv[wide] >= fraction*suv[top], _NEIGHBOURS)
+    for k, (top, box) in enumerate(zip(tops, boxes), 1):
+        wide = _wide(box, MARGIN_MM, spacing)
+        wide = tuple(slice(s.start, min(s.stop, n)) for s, n in zip(wide, seeds.shape))
+        parts, _ = ndi.label((suv[wide] >= fraction*suv[top]) & (_nearest(seeds, wide, spacing) == k), _NEIGHBOURS)
         out[wide][parts == parts[tuple(t - w.start for t, w in zip(top, wide))]] = k
     return out
 
@@ -271,12 +281,14 @@ def iterative_threshold(pet: Volume, suvmax: float, start: tuple[int, int, int],
 
 # %% ../nbs/04_lesions.ipynb #e60564c1
 def _iterated(pet: Volume, suv, seeds) -> tuple[np.ndarray, list[str]]:
-    "Each seed grown by `iterative_threshold` from its own maximum, coolest first so that hotter foci overwrite; what it drops is left out, with the reason."
+    "Each seed grown by `iterative_threshold` from its own maximum, among the voxels that no other seed is nearer to; what it drops is left out, with the reason."
     out, dropped = np.zeros_like(seeds), []
     tops = ndi.maximum_position(suv, seeds, np.arange(1, seeds.max()+1)) if seeds.any() else []
-    for k, top in sorted(enumerate(tops, 1), key=lambda t: suv[t[1]]):
+    for k, top in enumerate(tops, 1):
         growth = iterative_threshold(pet, float(suv[top]), tuple(map(int, top)))
-        if growth.labels: out[growth.labels.data > 0] = k
+        if growth.labels:
+            grown = growth.labels.data > 0; box, = ndi.find_objects(grown.astype(np.int8))
+            out[box][grown[box] & (_nearest(seeds, box, pet.spacing) == k)] = k
         else: dropped.append(f"focus at {tuple(map(int, top))}: {growth.dropped}"); log.warning("%s", dropped[-1])
     return _drop(out, np.bincount(out.ravel(), minlength=len(tops)+1) == 0), dropped
 

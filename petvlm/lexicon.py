@@ -134,9 +134,9 @@ EN = Lexicon(organs=_organs(EN_ORGANS),
 LEXICA = MappingProxyType({'vi': VI, 'en': EN})
 
 # %% ../nbs/04b_lexicon.ipynb #b87e634e
-_N = r'(?<![\d.,])(\d{1,4}(?:[.,]\d{1,2})?)'
+_N = r'(?<![\d.,])(\d{1,4}(?:[.,]\d{1,4})?)'
 SIZE = re.compile(rf'{_N}(?:\s{{0,9}}(?:mm|cm)?\s{{0,9}}[x×*]\s{{0,9}}{_N})?(?:\s{{0,9}}(?:mm|cm)?\s{{0,9}}[x×*]\s{{0,9}}{_N})?\s{{0,9}}(mm|cm)\b')
-SUV = re.compile(rf'suv(?:\s?bw)?[\s_-]{{0,9}}(?:max|tối\s+đa|lớn\s+nhất|(?=\s{{0,9}}(?:of|là|[:;=])?\s{{0,9}}\d))\s{{0,9}}[:;=.]?[^\d.,;()]{{0,40}}{_N}(?!\d|\s?/\s?\d{{4}}|\s{{0,9}}(?:mm|cm|%))(?:\s{{0,9}}(?:-|–|đến|to|và)\s{{0,9}}{_N}(?!\d|\s{{0,9}}(?:mm|cm|%|/|x)))?')
+SUV = re.compile(rf'suv(?:\s?bw)?[\s_-]{{0,9}}(?:max|tối\s+đa|lớn\s+nhất|(?=\s{{0,9}}(?:of|là|[:;=])?\s{{0,9}}\d))\s{{0,9}}[:;=.]?[^\d.,;()]{{0,40}}{_N}(?!\d|[.,]\d|\s?/\s?\d{{4}}|\s{{0,9}}(?:mm|cm|%))(?:\s{{0,9}}(?:-|–|đến|to|và)\s{{0,9}}{_N}(?!\d|[.,]\d|\s{{0,9}}(?:mm|cm|%|/|x)))?')
 PAST = re.compile(r'(?:so\s+với|trước\s+đây|trước\s+đó|lần\s+(?:chụp\s+)?trước|phim\s+cũ|compared|previously|formerly)[^,;()]{0,80}(?:\((?![^)]{0,40}suv)[^)]{0,40}\))?|(?:từ|from)\s+\d[\d.,]{0,6}(?:\s{0,9}(?:mm|cm))?(?=\s+(?:xuống|lên|còn|thành|to\s+\d))')
 
 def hide(text: str, pattern: re.Pattern) -> str:

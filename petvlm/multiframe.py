@@ -105,8 +105,8 @@ def _corrections(ds: Dataset) -> dict:
     if flags['DecayCorrected'] == 'YES' and ds.get('DecayCorrectionDateTime'): found['DecayCorrection'] = 'START'   # START with that moment as reference, also if it is the injection's
     return {k: v for k, v in found.items() if v is not None and not ds.get(k)}
 
-def _tracers(ds: Dataset, usage: Dataset, zone) -> list[Dataset]:
-    "The radiopharmaceuticals that a frame shows, doses in Bq."
+def _tracers(ds: Dataset, usage: Dataset, zone, as_written: bool) -> list[Dataset]:
+    "The radiopharmaceuticals that a frame shows, doses in Bq; `as_written`: with the zones of their times."
     items = list(ds.get('RadiopharmaceuticalInformationSequence') or [])
     used = {int(u.RadiopharmaceuticalAgentNumber) for u in usage if u.get('RadiopharmaceuticalAgentNumber') is not None}
     if used: items = [i for i in items if i.get('RadiopharmaceuticalAgentNumber') is None or int(i.RadiopharmaceuticalAgentNumber) in used]
@@ -114,7 +114,7 @@ def _tracers(ds: Dataset, usage: Dataset, zone) -> list[Dataset]:
     for item in items:
         new = _copy(item)
         if new.get('RadionuclideTotalDose') not in (None, ''): _put(new, 'RadionuclideTotalDose', float(new.RadionuclideTotalDose)*1e6)
-        if new.get('RadiopharmaceuticalStartDateTime'): _put(new, 'RadiopharmaceuticalStartDateTime', local(new.RadiopharmaceuticalStartDateTime, zone))
+        if new.get('RadiopharmaceuticalStartDateTime') and not as_written: _put(new, 'RadiopharmaceuticalStartDateTime', local(new.RadiopharmaceuticalStartDateTime, zone))
         out.append(new)
     return out
 
@@ -152,13 +152,18 @@ def frames(ds: Dataset, name: str) -> list[Dataset]:
     if len(own) != n: raise GeometryError(f"{name}: {len(own)} items in {tag_name('PerFrameFunctionalGroupsSequence')}, expected one for each of {n} frames; export it again")
     shared, base, pet = _first(ds, 'SharedFunctionalGroupsSequence'), _base(ds), ds.get('Modality') == 'PT'
     new_style = pet and 'Legacy' not in ENHANCED[ds.SOPClassUID]
-    items = ds.get('RadiopharmaceuticalInformationSequence') or []
-    zone = next((o for v in [*(i.get('RadiopharmaceuticalStartDateTime') for i in items), ds.get('DecayCorrectionDateTime')] if (o := _offset(v)) is not None), None)
+    injected = [i.get('RadiopharmaceuticalStartDateTime') for i in ds.get('RadiopharmaceuticalInformationSequence') or []]
+    corrected_to = ds.get('DecayCorrectionDateTime') if str(ds.get('DecayCorrected') or '').upper() == 'YES' else None
+    scanned = [corrected_to] if corrected_to else [_group(shared, item, 'FrameContentSequence').get('FrameAcquisitionDateTime') or ds.get('AcquisitionDateTime') for item in own]
+    stated = _offset(ds.get('TimezoneOffsetFromUTC'))
+    zone = stated if stated is not None else next((o for v in [*injected, *scanned] if (o := _offset(v)) is not None), None)
+    # An injection with a zone and a scan without cannot be compared: the zone stays, and whoever computes SUV is told (or says when it was)
+    apart = stated is None and any(_offset(v) is not None for v in injected) and any(v and _offset(v) is None for v in scanned)
     if new_style:
         for keyword, value in _corrections(ds).items(): _put(base, keyword, value)
         if ds.get('DecayCorrectionDateTime'): _put(base, 'DecayCorrectionDateTime', local(ds.DecayCorrectionDateTime, zone))
     made = [_frame(ds, base, shared, item, zone, name) for item in own]
     for frame, item in zip(made, own):
         if pet: _scale(ds, frame, shared, item, name)
-        if new_style: _put(frame, 'RadiopharmaceuticalInformationSequence', _tracers(ds, item.get('RadiopharmaceuticalUsageSequence') or shared.get('RadiopharmaceuticalUsageSequence') or [], zone))
+        if new_style: _put(frame, 'RadiopharmaceuticalInformationSequence', _tracers(ds, item.get('RadiopharmaceuticalUsageSequence') or shared.get('RadiopharmaceuticalUsageSequence') or [], zone, apart))
     return made

@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from .config import Config, ConfigError, Paths, load_params, paths, resolve
 from .graph import chain, plan, settings_of
-from .rows import kind_of
 from .slots import SLOTS
 
 # %% auto #0
-__all__ = ['PREPARED_BY', 'RUN_BY', 'TRAINED_BY', 'READ_BY', 'EVALUATED_BY', 'IN_NAME_ONLY', 'STANDS_ON', 'models_of', 'hashes',
-           'prepare_needs', 'train_needs', 'evaluate_needs', 'write_needs']
+__all__ = ['PREPARED_BY', 'MADE_BY', 'READ_BY', 'RUN_BY', 'TRAINED_BY', 'EVALUATED_BY', 'IN_NAME_ONLY', 'STANDS_ON', 'models_of',
+           'hashes', 'prepare_needs', 'train_needs', 'evaluate_needs', 'write_needs']
 
 # %% ../nbs/37_needs.ipynb #8ff373ad
 PREPARED_BY = ('files', 'volume', 'findings', 'dicomfile', 'multiframe', 'archive', 'series', 'geometry', 'dicom', 'petheaders', 'rawheader', 'bodysize', 'nuclides', 'petclock', 'suv', 'wording', 'lexicon', 'reports', 'canvas', 'anatomy', 'implants',
-               'dicomwrite', 'phantom', 'sources', 'tasks', 'prepare', 'layouts', 'own', 'items')
-RUN_BY = ('m3dvqa', 'datasets', 'tokens', 'codebook', 'stem', 'slots', 'language', 'r2gen', 'vlm', 'processor')
-TRAINED_BY = (*RUN_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'imagemass', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
+               'dicomwrite', 'phantom', 'sources', 'tasks', 'prepare', 'layouts', 'own', 'items', 'vqa', 'language')
+MADE_BY = {'scans': ('scans', 'm3dvqa', 'phases'), 'lesions': ('lesionviews', 'focal', 'lesions', 'lesiontext'), 'radiographs': ('radiographs', 'radiograph', 'm3dvqa'), 'regions': ()}     # kind of row -> what makes it beside these
 READ_BY = ('findings', 'wording', 'lexicon', 'reports', 'prepare', 'rows', 'lesiontext', 'lesionviews', 'radiograph')     # they read texts and rows while a step runs, and are not only in the prepared data
+RUN_BY = ('m3dvqa', 'datasets', 'tokens', 'codebook', 'stem', 'slots', 'language', 'r2gen', 'vlm', 'processor')
+TRAINED_BY = (*RUN_BY, *READ_BY, 'ranks', 'losses', 'siglip', 'contrast', 'exchange', 'imagemass', 'alignment', 'heads', 'probe', 'peak', 'trainer', 'train')
 EVALUATED_BY = (*RUN_BY, *READ_BY, 'attentionrecord', 'attention', 'generate', 'embed', 'words', 'metrics', 'metric_bleu', 'metric_rouge', 'metric_bertscore', 'metric_meteor', 'metric_cider', 'retrieval', 'pairs', 'facts', 'lesionfacts', 'weights', 'evaluate')
 IN_NAME_ONLY = {'linear': 'projectors', 'mlp': 'projectors', 'norm_linear': 'projectors', 'relu_linear': 'projectors', 'streams': 'projectors', 'dual_mlp': 'mixers', 'mixer': 'mixers', 'perceiver': 'perceiver'}   # projectors are made by functions of `slots`
 STANDS_ON = {'dcformer': ('axialkernels',), 'vit2d': ('encoders',), 'petar': ('encoders',), 'regions': ('encoders',), 'slices': ('vit2d',), 'perceiver': ('projectors',), 'mixers': ('projectors',), 'concat': ('fusion',), 'content_topic': ('encoders', 'fusion')}   # what a model's module imports of other models' modules; a test reads the imports
@@ -42,7 +42,7 @@ def hashes(modules: Iterable[str], root: Path) -> dict[str, str]:
 # %% ../nbs/37_needs.ipynb #74247f3d
 def prepare_needs(cfg: Config, params: dict, root: Path) -> dict:
     "What the prepared data of `cfg` depend on beside the studies: the phantom's patients, the model grid, the code."
-    return {'phantom': params['phantom'], 'data': cfg.data, 'seed': cfg.seed, 'code': hashes((*PREPARED_BY, kind_of(cfg.data).make.__module__.rpartition('.')[2]), root)}
+    return {'phantom': params['phantom'], 'data': cfg.data, 'seed': cfg.seed, 'code': hashes((*PREPARED_BY, *MADE_BY[cfg.data.kind]), root)}
 
 def train_needs(node: str, nodes: dict[str, dict], cfg: Config, root: Path) -> dict:
     "What the training of `node` depends on beside the prepared data and the nodes it stands on. `key` is `petvlm.graph.chain`'s; the rest says what is in it."

@@ -128,10 +128,11 @@ def pseudonym(name: str) -> str:
     return 'p-' + hashlib.sha256(name.encode()).hexdigest()[:10]
 
 def patient_of(folder) -> str:
-    "PatientID of the first DICOM file below `folder`, or '' where none tells."
-    for path in (p for p in Path(folder).rglob('*') if p.is_file()):
-        try: return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['PatientID']).get('PatientID') or '').strip()
+    "PatientID of the first DICOM file below `folder` that has one (a DICOMDIR has none), or '' where none tells."
+    for path in sorted(p for p in Path(folder).rglob('*') if p.is_file()):
+        try: found = str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['PatientID']).get('PatientID') or '').strip()
         except (InvalidDicomError, OSError, EOFError): continue      # what cannot be read here is reported where the study is read
+        if found: return found
     return ''
 
 def one_side(sides: dict[str, set[tuple[str, str]]]) -> None:

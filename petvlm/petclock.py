@@ -79,6 +79,7 @@ def scan_start(headers, half_life_s: float) -> tuple[datetime, str]:
     acquired = _acquired(headers); first = min(acquired, default=None)
     doubt = ''
     for start, rule in _recorded(headers, first):
+        if start and 'date moved' in rule and MAX_HALF_LIVES*half_life_s > 86400: refuse('DecayCorrectionDateTime', "(or the scanner's private record of it) lies on another day than the scan, and this nuclide lives for days", "pass reference_time='YYYYMMDDHHMMSS', the time that the values were decay-corrected to")
         if start: return start, rule
         doubt = f"; {rule.partition(', date')[0]} lies after the acquisition and was left out"
     series = when(single(headers, 'SeriesDate') or headers[0].get('AcquisitionDate') or headers[0].get('StudyDate'), single(headers, 'SeriesTime'), zone_of(headers))

@@ -179,7 +179,7 @@ def _unique(names: Sequence[str], results: Sequence[Result]) -> list[Result]:
         out.append(r if twin is None else Result(r.file, f'the same images as {twin}'))
     return out
 
-# %% ../nbs/08_prepare.ipynb #5a906ad5
+# %% ../nbs/08_prepare.ipynb #9e0a3554
 def _header(f, x: np.ndarray, n: int) -> None:
     "The head of a .npy file for `n` arrays like `x`."
     np.lib.format.write_array_header_1_0(f, {'descr': np.lib.format.dtype_to_descr(x.dtype), 'fortran_order': False, 'shape': (n, *x.shape)})
@@ -209,6 +209,7 @@ def _account(tmp: Path, names: Sequence[str], told: list[tuple[str, str]], data:
     if lost: raise PrepareError(f"{data.name}: {len(skipped)} of {len(told)} studies cannot be used, nothing is left for {lost}: {some}{' ...' if len(skipped) > 3 else ''}. All reasons are in {tmp/'skipped.csv'}")
     log.warning("%s: %d of %d studies skipped (%s%s); skipped.csv has all reasons", data.name, len(skipped), len(told), some, ' ...' if len(skipped) > 3 else '')
 
+# %% ../nbs/08_prepare.ipynb #cb0b2a4c
 FEW = 16     # studies of the phantom that are done before a local cluster has started
 
 def prepare(items: Sequence[tuple[str, Callable]], folder: Path, data: Data, make: Callable = region_rows, standard: Sequence[str] = ('pet', 'ct'), workers: int = 2, skip: bool | None = None, scheduler: str | None = None) -> Path:

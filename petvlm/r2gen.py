@@ -94,7 +94,7 @@ class Layer(nn.Module):
         if seen is not None: x = x + self.drop(self.attn[1](self.norm[1](x, memory), seen, seen_mask))
         return x + self.drop(self.mlp(self.norm[-1](x, memory)))
 
-# %% ../nbs/14b_r2gen.ipynb #a5a0a373
+# %% ../nbs/14b_r2gen.ipynb #d2545377
 class R2GenEncoder(nn.Module):
     "`inputs_embeds` (B, S, d), `attention_mask` (B, S) -> hidden states of the same shape."
     main_input_name = 'input_ids'                     # transformers' `generate` asks for it
@@ -107,6 +107,7 @@ class R2GenEncoder(nn.Module):
         for layer in self.layers: x = layer(x, mask)
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
+# %% ../nbs/14b_r2gen.ipynb #2da983f9
 class R2GenLM(PreTrainedModel, GenerationMixin):
     """R2Gen's encoder-decoder as a transformers model. `forward(inputs_embeds, attention_mask, decoder_input_ids)` -> logits (B, T, V) of the word after each of `decoder_input_ids`.
 

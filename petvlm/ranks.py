@@ -12,8 +12,8 @@ import torch, torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['RANKS', 'RanksError', 'Share', 'share', 'world', 'rank', 'first', 'wait', 'leave', 'together', 'holders', 'gathered',
-           'counted', 'total', 'mean_tokens', 'averaged', 'asked', 'command', 'launch']
+__all__ = ['RANKS', 'RanksError', 'Share', 'share', 'world', 'rank', 'first', 'wait', 'leave', 'together', 'holders', 'counted',
+           'total', 'mean_tokens', 'averaged', 'asked', 'command', 'launch']
 
 # %% ../nbs/09c_ranks.ipynb #6e221f58
 class RanksError(RuntimeError):
@@ -76,26 +76,9 @@ def _sum(x: Tensor, group) -> Tensor:
     return x
 
 # %% ../nbs/09c_ranks.ipynb #ce78f269
-class _Gather(torch.autograd.Function):
-    "Rows of all ranks of a group, in their order; the gradient of a row is what all ranks ask of it."
-    @staticmethod
-    def forward(ctx, x: Tensor, group) -> Tensor:
-        ctx.group, ctx.rows = group, len(x)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        start = dist.get_rank(ctx.group)*ctx.rows
-        return _sum(grad.contiguous(), ctx.group)[start:start + ctx.rows], None
-
 def holders():
     "The process group of the ranks that hold one batch between them; None where this rank has the whole batch."
     return _Held.batch
-
-def gathered(x: Tensor) -> Tensor:
-    "`x` (B, ...) of all ranks that hold one batch, `(B*ranks, ...)`, with gradient to each; `x` itself where this rank has the whole batch."
-    return x if _Held.batch is None else _Gather.apply(x, _Held.batch)
 
 def counted(n: Tensor) -> Tensor:
     "What a sum over `n` things of a batch is divided by, at least 1: `n`, or its mean over the ranks that hold the batch."
@@ -114,7 +97,8 @@ def mean_tokens(labels: Sequence[Tensor], ignored: int = -100) -> Tensor:
 def averaged(parts: dict[str, float]) -> dict[str, float]:
     "Named numbers, averaged over all ranks."
     if _Held.everyone is None or not parts: return parts
-    mean = total(torch.tensor(list(parts.values()), dtype=torch.float64))/dist.get_world_size(_Held.everyone)
+    on = 'cpu' if dist.get_backend(_Held.everyone) == 'gloo' else torch.device('cuda', torch.cuda.current_device())          # NCCL knows cards only
+    mean = total(torch.tensor(list(parts.values()), dtype=torch.float64, device=on))/dist.get_world_size(_Held.everyone)
     return dict(zip(parts, mean.tolist()))
 
 # %% ../nbs/09c_ranks.ipynb #d10135be
@@ -132,7 +116,10 @@ def command(module: str, args: Sequence[str], ranks: int) -> list[str]:
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), '-m', module, *args]
 
 def launch(module: str, args: Sequence[str], ranks: int) -> None:
-    "Run `python -m module args` as `ranks` processes and wait. Raises `RanksError` with the last lines when one fails; `torchrun` ends the others."
+    "Run `python -m module args` as `ranks` processes and wait; interrupted, it ends them. Raises `RanksError` with the last lines when one fails; `torchrun` ends the others."
     run, last = subprocess.Popen(command(module, args, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), deque(maxlen=60)
-    for line in run.stdout: last.append(line); sys.stdout.write(line)
-    if run.wait(): raise RanksError(f"{ranks} processes of {module} {' '.join(args)} ended with {run.returncode}:\n{''.join(last)}")
+    try:
+        for line in run.stdout: last.append(line); sys.stdout.write(line)
+        run.wait()
+    except BaseException: run.terminate(); run.wait(); raise        # whoever is interrupted leaves nobody behind who writes into the same folder
+    if run.returncode: raise RanksError(f"{ranks} processes of {module} {' '.join(args)} ended with {run.returncode}:\n{''.join(last)}")

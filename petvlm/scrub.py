@@ -63,8 +63,11 @@ _MONTHS = {m: i % 12 + 1 for i, m in enumerate('january february march april may
 _MONTH = '(?P<word>' + '|'.join(sorted(_MONTHS, key=len, reverse=True)) + r')\.?'
 _Y4, _D, _M, _A, _Z = r'(?P<y>(?:19|20)\d\d)', r'(?P<d>0?[1-9]|[12]\d|3[01])', r'(?P<m>0?[1-9]|1[0-2])', r'(?<![\w.,/-])', r'(?![\w/]|[.,-]\d|\s*(?:mm|cm|ml|%))'
 _Y = r'(?P<y>(?:19|20)\d\d|\d\d)'
+_TAIL = r'(?:T\d\d:?\d\d(?::?\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?'         # of an ISO time
+_NO_MONTH = r'(?P<d>1[3-9]|2\d|3[01])'                # so the other number is the month, though it stands first
 DATES = [re.compile(p, re.I) for p in (
-    rf'{_A}{_D}\s+tháng\s+{_M}(?:,?\s+năm\s+{_Y4})?{_Z}', rf'{_A}{_Y4}[-/.]{_M}[-/.]{_D}{_Z}', rf'{_A}{_D}[/]{_M}[/]{_Y}{_Z}', rf'{_A}{_D}(?P<sep>[-.]){_M}(?P=sep){_Y4}{_Z}',
+    rf'{_A}{_D}\s+tháng\s+{_M}(?:,?\s+năm\s+{_Y4})?{_Z}', rf'{_A}{_Y4}[-/.]{_M}[-/.]{_D}{_TAIL}{_Z}', rf'{_A}{_D}[/]{_M}[/]{_Y}{_Z}', rf'{_A}{_D}(?P<sep>[-.]){_M}(?P=sep){_Y4}{_Z}',
+    rf'{_A}{_M}/{_NO_MONTH}/{_Y}{_Z}', rf'{_A}{_M}(?P<sep>[-.]){_NO_MONTH}(?P=sep){_Y4}{_Z}',
     rf'(?<=ngày ){_D}[/.-]{_M}{_Z}', rf'(?<=tháng ){_M}(?:\s*[/-]\s*|,?\s+năm\s+){_Y4}{_Z}', rf'{_A}{_M}/{_Y4}{_Z}', rf'{_A}{_Y4}{_M.replace("0?[1-9]", "0[1-9]")}{_D.replace("0?[1-9]", "0[1-9]")}(?!\w)',
     rf'{_A}{_D}(?:st|nd|rd|th)?[ -]{_MONTH}[ -]{_Y4}{_Z}', rf'{_A}{_MONTH} {_D}(?:st|nd|rd|th)?,? {_Y4}{_Z}', rf'{_A}{_MONTH} {_Y4}{_Z}',
     rf'(?:năm sinh|sinh năm|\bSN|\bNS|\bDOB|\bborn(?: in)?|ngày sinh)\s*[:.]?\s*{_Y4}{_Z}')]

@@ -23,9 +23,9 @@ from .vlm import PetVLM
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PRETRAINED', 'set_trainable', 'Telling', 'run_stage', 'kept', 'write_node', 'save_node', 'load_delta',
-           'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read', 'head_lattices', 'collator',
-           'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve', 'main']
+__all__ = ['log', 'PRETRAINED', 'set_trainable', 'Telling', 'step_of', 'last_checkpoint', 'run_stage', 'kept', 'write_node',
+           'save_node', 'load_delta', 'language_config', 'pretrained', 'text_config', 'views', 'build', 'images_read',
+           'head_lattices', 'collator', 'fill', 'load_point', 'train_node', 'make_tokenizer', 'curve', 'main']
 
 # %% ../nbs/20_train.ipynb #261d07dc
 def set_trainable(model: torch.nn.Module, patterns) -> list[str]:
@@ -52,15 +52,23 @@ class Telling(TrainerCallback):
     def on_train_end(self, args, state, control, **kw):
         if state.is_world_process_zero: self.journal.end(state.global_step)
 
-# %% ../nbs/20_train.ipynb #15b1a573
+# %% ../nbs/20_train.ipynb #da108023
 def _spread(sharded: bool, deepspeed: str) -> None:
     "Refuse a way of spreading that would silently be another, or whose weights could not be kept."
     if (sharded or deepspeed) and 'LOCAL_RANK' not in os.environ: raise TrainError("sharding needs processes that torchrun started: torchrun --nproc-per-node <cards> -m petvlm.train <node> --shard")
     if deepspeed and json.loads(Path(deepspeed).read_text(encoding='utf-8')).get('zero_optimization', {}).get('stage', 0) > 2:
         raise TrainError(f"{deepspeed}: ZeRO stage 3 shards the parameters, which a node is not gathered from; use stage 2, or --shard (FSDP2) in its place")
 
+def step_of(checkpoint: Path) -> int:
+    "The step after which a folder `checkpoint-<step>` was written."
+    return int(checkpoint.name.rpartition('-')[2])
+
+def last_checkpoint(work: Path) -> Path | None:
+    "The latest whole checkpoint in `work`; one that was being written when its process was killed has no `trainer_state.json`, which comes last."
+    return max((p for p in work.glob('checkpoint-*') if (p/'trainer_state.json').exists()), key=step_of, default=None)
+
 def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int, callbacks=(), save_steps: int = 100, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False, told=None) -> dict:
-    """Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. `told`: see `petvlm.journal.Journal`. Returns the trainable names, the log, the number of ranks, and memory in MB (`petvlm.peak`).
+    """Train `model` in place for one stage, resuming from `work` if it holds a checkpoint. `told`: see `petvlm.journal.Journal`. Returns the trainable names, the log, the seconds of this session and the step that it began at (`resumed_at`), the number of ranks, and memory in MB (`petvlm.peak`).
 
     Under `torchrun` the ranks share each step (`petvlm.ranks`): DDP, with `sharded` FSDP2 (the model comes back in pieces, see `kept`), or as the file `deepspeed` says (ZeRO stage 2 at most). `checkpointing`: layers of the language model that move, or hold adapters, are run again in the backward pass instead of kept. Raises `TrainError`, and `RanksError` for a step that the ranks cannot share."""
     _spread(sharded, deepspeed)
@@ -73,14 +81,15 @@ def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int
                            objective={k: w for k, w in stage.objective.items() if w}, callbacks=list(callbacks))
     trainer.add_callback(Telling(stage, lambda: trainer.parts, told))
     if told: trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK)       # its bar would say the same beside it
-    resume = any(work.glob('checkpoint-*'))
-    if resume: log.info("%s: resuming from %s", stage.name, work)
+    before = last_checkpoint(work)
+    if before: log.info("%s: resuming from %s", stage.name, before)
     if rank(): torch.manual_seed(seed + rank())             # dropout of its own
     start = time.perf_counter()
-    with measured() as memory, together(share(stage.batch, stage.accumulate, world()).together): trainer.train(resume_from_checkpoint=resume)
-    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1), 'ranks': world(),
+    with measured() as memory, together(share(stage.batch, stage.accumulate, world()).together): trainer.train(resume_from_checkpoint=str(before) if before else None)
+    return {'stage': stage.name, 'trainable': names, 'log': trainer.state.log_history, 'seconds': round(time.perf_counter() - start, 1), 'resumed_at': step_of(before) if before else 0, 'ranks': world(),
             'peak_mb': memory['peak'], 'memory': memory, 'n_trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
+# %% ../nbs/20_train.ipynb #6174de74
 def _part(name: str) -> str: return '.'.join(name.split('.')[:2])
 
 def kept(model: PetVLM, trainable) -> dict[str, torch.Tensor]:
@@ -223,7 +232,7 @@ def load_point(cfg: Config, prepared: Path, lineage: list[tuple[Stage, Path]]) -
 def train_node(node: str, nodes: dict[str, dict], where: Paths, sharded: bool = False, deepspeed: str = '', checkpointing: bool = False, told=None) -> dict:
     "Train one node of the graph (`petvlm.graph.plan`) in the folders `where` (`petvlm.config.Paths`); returns its report. Where `PETVLM_RANKS` asks for several processes, they are started and waited for. `sharded`, `deepspeed`, `checkpointing`: as `run_stage`. `told`: called with the path of the journal after each of its lines (`petvlm.live.Live`)."
     if n := asked():
-        launch('petvlm.train', [node, '--scale', where.scale], n)
+        launch('petvlm.train', [node, '--scale', where.scale, *['--shard']*sharded, *(['--deepspeed', deepspeed] if deepspeed else []), *['--checkpoint']*checkpointing], n)
         return json.loads((where.node(node)/'stage.json').read_text(encoding='utf-8'))
     _spread(sharded, deepspeed)
     item = nodes[node]; cfg = resolve(item['point'], where.scale)
@@ -242,9 +251,11 @@ def train_node(node: str, nodes: dict[str, dict], where: Paths, sharded: bool = 
     delta = kept(model, report['trainable'])
     if first():
         if sharded:                                         # pieces do not speak: the whole model again, for the probe
+            model = None                                    # they leave the card first
             model, _ = load_point(cfg, prepared, lineage)
             if stage.lora: model.adapt(cfg.lora)
             model.load_state_dict(delta, strict=False)
+            if torch.cuda.is_available(): model.cuda()
         report |= {'node': node, 'key': key, 'after': before, 'held_out': probe(model, processor, split('validation'), stage, ask(cfg.data), parse(cfg.data), cfg.evaluation.max_new_tokens)}
         write_node(delta, report, where.node(node))
         shutil.rmtree(work, ignore_errors=True)

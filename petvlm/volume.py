@@ -214,7 +214,7 @@ MOST_VOXELS = 2**30          # of one file: 1024 x 1024 x 1024; a total-body PET
 DEFLATE = 1032               # bytes that one byte of a .gz can hold at most
 
 def load_nifti(path, error: type[Exception] = VolumeError) -> nib.Nifti1Image:
-    "The NIfTI file `path`, voxels unread, once its header can be true: raises `error` for a file that is none, claims no voxels or more than `MOST_VOXELS`, or is too short for what it claims."
+    "The NIfTI file `path`, voxels unread, once its header can be true: raises `error` for a file that is none, claims no voxels or more than `MOST_VOXELS`, or is too short for what it claims, or measures in metres or micrometres."
     path = Path(path)
     try: img = nib.load(path); shape, size = tuple(map(int, img.shape)), img.get_data_dtype().itemsize; at = int(img.dataobj.offset)
     except (*DAMAGE, ImageFileError, HeaderDataError) as e: raise error(f"{path.name}: not a NIfTI file that can be read ({type(e).__name__}: {str(e)[:120]}); copy or convert it again") from e
@@ -223,6 +223,7 @@ def load_nifti(path, error: type[Exception] = VolumeError) -> nib.Nifti1Image:
     if not 0 < voxels <= MOST_VOXELS: raise error(f"{path.name}: the header claims {' x '.join(map(str, shape))} voxels, expected 1 to {MOST_VOXELS:,}; it is damaged, or holds several volumes")
     room = path.stat().st_size*(DEFLATE if path.suffix == '.gz' else 1) - at
     if room < voxels*size: raise error(f"{path.name}: truncated: room for at most {max(room, 0):,} bytes of voxels, the header claims {voxels*size:,}; copy it again")
+    if (space := img.header.get_xyzt_units()[0]) in ('meter', 'micron'): raise error(f"{path.name}: its header measures voxels in {space}s, expected mm; convert it")
     if not np.isfinite(img.affine).all(): raise error(f"{path.name}: its affine is\n{img.affine}\nexpected numbers; convert it again")
     return img
 

@@ -118,13 +118,14 @@ def _fitting(findings: Sequence[Finding]) -> list[tuple[str, tuple[str, str]]]:
     "Questions about single findings that have exactly one answer."
     count = Counter(f.site for f in findings)
     lone = [f for f in findings if count[f.site] == 1]
+    vague = {f.organ for f in findings if not f.side}          # 'which lung?' has no answer beside a finding in one that nobody named
     known = lambda f: ['kind'] + ['uptake']*(f.uptake != 'unknown') + ['suvmax']*(f.suvmax is not None) + ['size']*(f.size_mm is not None)
-    return [(k, f.site) for f in lone for k in known(f)] + [('side', f.site) for f in lone if f.side]
+    return [(k, f.site) for f in lone for k in known(f)] + [('side', f.site) for f in lone if f.side and f.organ not in vague]
 
 def _empty_sites(findings: Sequence[Finding], region: str, rng) -> list[tuple[str, str]]:
     "Sites of `region` without findings in random order; the other sides of findings and the rest alternate."
-    busy = {f.site for f in findings}
-    free = [s for s in SITES if ORGANS[s[0]].region == region and s not in busy]
+    busy, vague = {f.site for f in findings}, {f.organ for f in findings if ORGANS[f.organ].sided and not f.side}       # a lung of unknown side: neither is free
+    free = [s for s in SITES if ORGANS[s[0]].region == region and s not in busy and s[0] not in vague]
     near = [s for s in free if s[0] in {f.organ for f in findings}]
     far = [s for s in free if s not in near]
     shuffled = lambda xs: [xs[i] for i in np.argsort(rng.random(len(xs)))]

@@ -378,3 +378,7 @@ def test_the_command_proves_what_it_writes(tmp_path, capsys):
     assert '4 files written, 0 left out' in said and 'proven: 1 series equal' in said
     assert main(['deidentify', str(folder)]) == 1 and '--key' in capsys.readouterr().err
     assert main(['deidentify', str(folder), '--out', str(tmp_path/'out2'), '--key', str(tmp_path/'none')]) == 1 and 'no key file' in capsys.readouterr().err
+
+@pytest.mark.parametrize('text, moved', [('Comparison: 05/28/2024.', 'Comparison: 05/27/2024.'), ('12/31/2024', '12/30/2024'), ('05-28-2024', '05-27-2024'), ('seen 2024-05-28T10:30:00+07:00', 'seen 2024-05-27T10:30:00+07:00'), ('2024-05-28T10:30', '2024-05-27T10:30')])
+def test_months_that_stand_first_and_iso_times_are_dates(text, moved):
+    assert scrub(text, days=-1).text == moved and scrub(text).text == text.replace(next(w for w in text.split() if w[0].isdigit()).rstrip('.'), '[DATE]')

@@ -508,3 +508,12 @@ def test_pairing_in_odd_cases(tmp_path):
     why = {s.description: reason for s, reason in pair.refused}
     assert pair.ct.description == 'soft' and pair.pet.description == 'PT' and set(why) == {'legs', 'moved', 'lung', 'unknown', 'yesterday'}
     assert 'another part of the body' in why['legs'] and 'one series' in why['legs'] and 'moved between' in why['moved'] and '24 hours' in why['yesterday'] and 'kernel' in why['lung']
+
+def test_an_injection_with_a_zone_and_a_scan_without_are_not_subtracted(tmp_path):
+    "Its own zone, that of the file, says which clock the scan has; without one the two cannot be compared."
+    zoned = dict(RadiopharmaceuticalStartDateTime='20250101030000+0000')
+    stated = plain_pet(tmp_path/'stated', changes=dict(TimezoneOffsetFromUTC='+0700'), tracer=zoned)
+    np.testing.assert_allclose(read_series(stated).data[:, 0, 0], [(1000 + i)*(i + 1)*HOUR for i in range(N)], rtol=1e-6)
+    silent = plain_pet(tmp_path/'silent', tracer=zoned)
+    with pytest.raises(SUVError, match='cannot be compared'): read_series(silent)
+    np.testing.assert_allclose(read_series(silent, injection_time='20250101100000').data[:, 0, 0], [(1000 + i)*(i + 1)*HOUR for i in range(N)], rtol=1e-6)

@@ -185,3 +185,13 @@ def test_reported_lesions_are_found_and_drawn_as_published(case):
         assert (got.labels.data.transpose(2, 1, 0) == mask).all() and got.labels.data.sum() == want['result']
         written += 1
     assert written == len(case['masks'])
+
+
+@pytest.mark.parametrize('hot, cool', [(20., 5.), (9., 5.)])
+def test_a_cool_focus_beside_a_hot_one_keeps_its_own_maximum(hot, cool):
+    "A valley of 3 between them: 41 % of the cool one lies below it, 41 % of the hot one above or below the whole cool one."
+    vol = grid((4, 4, 4)); vol = vol.replace(data=np.full(vol.shape, 3.))
+    vol = ball(ball(vol, (0, 95, 380), 24, hot), (36, 95, 380), 24, cool)
+    for method in ('percent41', 'iterative'):
+        found = candidates(vol, method); assert sorted(f.suvmax for f in found) == [cool, hot], (method, found)
+        assert len(np.unique(segment(vol, method).data)) == 3

@@ -490,3 +490,8 @@ def test_what_cannot_become_bids_is_refused(tmp_path):
     with pytest.raises(BidsError, match='_pet.nii.gz'): write_bids(pet, tmp_path/'pet.nii.gz', None)
     with pytest.raises(BidsError, match='sidecar'): read_bids(tmp_path/'sub-01_pet.nii.gz')
     assert not list(tmp_path.iterdir())
+
+def test_bids_voxels_that_are_no_number_are_told(tmp_path):
+    path = bids(tmp_path, (1000,)); img = nib.load(path); data = np.asarray(img.dataobj, np.float32).copy(); data.flat[:7] = np.nan; data.flat[7] = np.inf
+    nib.save(nib.Nifti1Image(data, img.affine), path); vol = read_bids(path)
+    assert np.isfinite(vol.data).all() and (vol.data == 0).sum() == 8 and vol.meta['notes'] == ['8 voxels were no number and are read as 0']

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from petvlm.config import Paths, load_params, resolve
 from petvlm.graph import chain, plan
-from petvlm.needs import EVALUATED_BY, IN_NAME_ONLY, RUN_BY, STANDS_ON, TRAINED_BY, models_of, write_needs
+from petvlm.needs import EVALUATED_BY, IN_NAME_ONLY, MADE_BY, PREPARED_BY, READ_BY, RUN_BY, STANDS_ON, TRAINED_BY, models_of, write_needs
+from petvlm.rows import KINDS
 from petvlm.slots import PROJECTORS, SLOTS
 from test_layers import ORDER, ROOT, imports
 
@@ -17,8 +18,14 @@ def closure(module: str) -> set[str]:
 
 NAMED = {c.__module__.rpartition('.')[2] for slot in ('encode', 'fuse', 'pool') for c in SLOTS[slot].values()} | set(IN_NAME_ONLY.values())   # by a configuration
 MODELS = {m for m, n in ORDER.items() if '10' <= n < '14'} - set(RUN_BY)    # those, and what only they stand on
-INPUTS_ONLY = {m for m, n in ORDER.items() if n < '09'}                   # studies and rows: a step reads them as prepared data
+INPUTS_ONLY = {m for m, n in ORDER.items() if n < '09'} - set(READ_BY)    # studies and rows: a step reads them as prepared data
+NOT_IN_DATA = {'config', 'chat'}                                          # what is configured is in the file itself; a served model writes no data of the phantom
 PUBLISHED = {'checkpoints', 'folders'}                                    # published weights, which say themselves what was read (their audit)
+
+def test_a_preparation_depends_on_everything_it_imports():
+    makers = {k: v.make.__module__.rpartition('.')[2] for k, v in KINDS.items()}; assert set(MADE_BY) == set(makers)
+    assert closure('items') - NOT_IN_DATA - {'m3dvqa'} - set().union(*MADE_BY.values()) <= set(PREPARED_BY)
+    for kind, maker in makers.items(): assert (closure(maker) | {maker}) - NOT_IN_DATA <= set(PREPARED_BY) | set(MADE_BY[kind]), kind
 
 def test_a_training_depends_on_everything_it_imports():
     assert closure('train') - INPUTS_ONLY - PUBLISHED - MODELS <= set(TRAINED_BY)

@@ -146,7 +146,7 @@ def test_shares_leave_something_to_train_on():
     with pytest.raises(SourceError, match='leave something'): split_of('a', .5, .5)
 
 def test_patient_of_reads_the_header(tmp_path):
-    bare_study(tmp_path/'a/deep', 'MRN1'); (tmp_path/'a/0.txt').write_text('no DICOM'); (tmp_path/'b').mkdir()
+    bare_study(tmp_path/'a', ''); bare_study(tmp_path/'a/deep', 'MRN1'); (tmp_path/'a/0.txt').write_text('no DICOM'); (tmp_path/'b').mkdir()           # a DICOMDIR at the root names no patient
     assert patient_of(tmp_path/'a') == 'MRN1' and patient_of(tmp_path/'b') == ''
 
 # ---- the table ----

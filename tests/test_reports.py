@@ -316,3 +316,13 @@ def test_real_reports_are_read_sensibly():
         for lesion in read_list(p['extracted_ground_truth']):
             total += bool(lesion.findings); hit += bool({f.site for f in lesion.findings} & found)
     assert total > 150 and hit/total > .9
+
+def test_a_finding_of_unknown_side_ends_no_preparation_and_frees_no_side():
+    findings = parse('Phổi trái có nốt mờ 14 mm tăng chuyển hóa FDG (SUVmax: 6,1). Phổi có nốt vôi hóa 4 mm.', 'vi'); assert {f.site for f in findings} == {('lung', 'left'), ('lung', '')}
+    for seed in range(40):
+        turns = vqa_single(findings, 'chest', 'vi', seed=seed) + vqa_multi(findings, 'chest', 'vi', seed=seed)
+        assert not [t for t in turns if t['kind'] == 'side' or t['kind'] == 'presence' and 'phổi' in t['question'].lower() and not any(w in t['question'].lower() for w in ('hạch', 'màng')) and t['answer'].startswith('Không')]
+
+@pytest.mark.parametrize('said, suv', [('SUVmax 4.567', 4.567), ('SUVmax: 9,999', 9.999), ('SUVmax 2.875', 2.875), ('SUVmax 5,3', 5.3)])
+def test_an_suv_with_many_decimals_is_read_whole(said, suv):
+    found, = parse(f'Nốt phổi trái 14 mm ({said}).', 'vi'); assert found.suvmax == pytest.approx(suv, abs=.006)

@@ -410,3 +410,9 @@ def test_another_suv_does_not_pass_for_suvbw(unit, tmp_path):
     for wants in (lambda: segment(vol), lambda: measure(vol, vol.replace(data=vol.data > 4, unit='label'))):
         with pytest.raises(LesionError, match='SUVbw'): wants()
     with pytest.raises(ValueError, match='SUVbw'): write_series(vol, None, tmp_path/'dcm', 'PT')
+
+def test_a_reference_days_before_the_scan_is_refused_for_a_nuclide_that_lives_for_days():
+    "Zr-89, injected and corrected to on Monday, scanned on Friday: the day is real, not moved by a de-identifier."
+    monday = dict(AcquisitionDate='20250110', SeriesDate='20250110', SeriesTime='140000', AcquisitionTime='140000', DecayCorrectionDateTime='20250106100000', tracer={'RadionuclideHalfLife': 282276., 'RadiopharmaceuticalStartDateTime': '20250106100000', 'RadiopharmaceuticalStartTime': '100000', 'Radiopharmaceutical': 'Zr-89'})
+    with pytest.raises(SUVError, match='lives for days.*reference_time='): suv_factor([header(**monday)])
+    told = suv_factor([header(**monday)], reference_time='20250106100000'); assert told.decay_s == [0] or set(np.ravel(told.decay_s)) == {0}

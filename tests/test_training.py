@@ -1,7 +1,7 @@
 "What moves in each stage, what stays, and that a resumed run is the unbroken one."
 import dataclasses, functools, importlib.util
 import numpy as np, pytest, torch
-from petvlm.config import Part, Stage, load_params, resolve
+from petvlm.config import Part, Paths, Stage, load_params, resolve
 from petvlm.datasets import Items, Rows
 from petvlm.generate import write
 from petvlm.graph import plan
@@ -10,7 +10,7 @@ from petvlm.language import load_causal_lm, train_tokenizer
 from petvlm.prepare import prepare
 from petvlm.processor import PetVLMProcessor
 from petvlm.sources import FIRST_SEED, drawn_study, phantom_items
-from petvlm.train import TrainError, build, by_length, collator, head_lattices, images_read, load_point, run_stage, set_trainable
+from petvlm.train import TrainError, build, by_length, collator, head_lattices, images_read, last_checkpoint, load_point, run_stage, set_trainable
 
 CFG = resolve('vipet', 'smoke')
 
@@ -178,3 +178,16 @@ def test_letters_are_those_of_the_dialogue_without_reading_an_image(rows, monkey
     said = [sum(len(x) for turn in items[i]['dialogue'] for x in turn) for i in range(12)]
     monkeypatch.setattr(Rows, 'image', lambda *a: pytest.fail('an image was read'))
     assert [items.letters(i) for i in range(12)] == said and len(set(said)) > 3
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
+    for n, whole in ((20, True), (100, True), (200, False)):
+        (tmp_path/f'checkpoint-{n}').mkdir()
+        if whole: (tmp_path/f'checkpoint-{n}/trainer_state.json').write_text('{}')
+    assert last_checkpoint(tmp_path).name == 'checkpoint-100' and last_checkpoint(tmp_path/'none') is None
+
+def test_several_processes_are_started_with_all_that_was_asked_for(monkeypatch, tmp_path):
+    import petvlm.train as train; asked = []
+    monkeypatch.setenv('PETVLM_RANKS', '2'); monkeypatch.delenv('LOCAL_RANK', raising=False); monkeypatch.setattr(train, 'launch', lambda module, args, n: asked.append((module, args, n)))
+    where = Paths(tmp_path, 'smoke'); where.node('a.lm').mkdir(parents=True); (where.node('a.lm')/'stage.json').write_text('{}')
+    train.train_node('a.lm', {}, where, sharded=True, checkpointing=True); train.train_node('a.lm', {}, where, deepspeed='z.json')
+    assert asked == [('petvlm.train', ['a.lm', '--scale', 'smoke', '--shard', '--checkpoint'], 2), ('petvlm.train', ['a.lm', '--scale', 'smoke', '--deepspeed', 'z.json'], 2)]

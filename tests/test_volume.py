@@ -132,3 +132,8 @@ def test_missing_lungs_warn(caplog):
     assert lung_extent(ct.replace(data=np.full(ct.shape, -1000.))) is None
     assert region_bounds(ct)['chest'] == (80, 156) and 'no lungs' in caplog.text
     with pytest.raises(VolumeError): region_bounds(ct.replace(unit='SUVbw'))
+
+@pytest.mark.parametrize('unit', ['meter', 'micron'])
+def test_nifti_in_metres_is_refused(tmp_path, unit):
+    nib = pytest.importorskip('nibabel'); img = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([.004, .004, .004, 1])); img.header.set_xyzt_units(unit); nib.save(img, tmp_path/'x.nii.gz')
+    with pytest.raises(VolumeError, match=f'x.nii.gz.*in {unit}s, expected mm'): read_nifti(tmp_path/'x.nii.gz', 'SUVbw')

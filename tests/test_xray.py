@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from petvlm.config import Data
 from petvlm.content_topic import ContentTopic, pooled, split
-from petvlm.contrast import content_topic_loss, embed_text, hidden_text, info_nce
+from petvlm.contrast import content_topic_loss, embed_text, equal_texts, hidden_text, info_nce
 from petvlm.encoders import EncoderError
 from petvlm.findings import LESIONS, ORGANS, Finding, Study
 from petvlm.fusion import FusionError
@@ -282,3 +282,9 @@ def test_the_text_side_has_no_gradient_and_no_padding():
     assert embed_text(bf16.get_input_embeddings(), ids, mask).dtype == torch.float32
     with pytest.raises(LossError, match='1 of 2 texts are empty'): embed_text(lm.get_input_embeddings(), ids, mask*torch.tensor([[0], [1]]))
     with pytest.raises(LossError, match='2 images and 3 texts'): info_nce(image, torch.zeros(3, 32))
+
+def test_equal_texts_are_known_under_autocast_too():
+    "bfloat16 has no number between 1 and 1 - 1/256: without float32 no text would equal another."
+    g = torch.Generator().manual_seed(0); image, text = torch.randn(6, 32, generator=g), torch.randn(6, 32, generator=g); text[3] = text[0]
+    plain = info_nce(image, text); assert not torch.isclose(plain, info_nce(image, text, mask_equal=False))
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(info_nce(image, text), plain) and equal_texts(text)[0, 3]
