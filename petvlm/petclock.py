@@ -47,6 +47,7 @@ def _frame_s(headers, keyword: str) -> np.ndarray | None:
     return None if any(v in (None, '') for v in values) else np.array([float(v) for v in values]) / 1000
 
 # %% ../nbs/01d_petclock.ipynb #551f14f2
+MAX_HALF_LIVES = 6.      # more between injection and scan than this is a mistake
 _RECORDS = (   # what scanners record as the moment they corrected to: group, element, creator, Manufacturer, name
     (0x0009, 0x0D, 'GEMS_PETD_01', 'GE', 'GE private scan start (0009,100D)'),
     (0x0071, 0x22, 'SIEMENS MED PT', 'SIEMENS', 'Siemens private decay correction time (0071,1022)'))
@@ -111,7 +112,7 @@ def reference_times(headers, mode: str, half_life_s: float, given: dict) -> tupl
     return [start]*len(headers), rule
 
 # %% ../nbs/01d_petclock.ipynb #0b77bdc9
-MAX_HALF_LIVES, SHIFTED_S = 6., 172800.
+SHIFTED_S = 172800.
 
 def _apart(a, b) -> float:
     "Seconds between two times of day, the short way round midnight."

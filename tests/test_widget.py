@@ -231,3 +231,20 @@ def test_one_request_flies_per_channel_and_stale_answers_are_dropped(ran):
     k = ran[3]['kernel']
     assert 'does not answer' in k['late'][0] and k['late'][1] == 1
     assert k['flying'] == 1 and k['then'] == 2 and k['asked'] == [0, 3] and k['seen'] == [[0, 0], [1, None], [2, None], [3, 'no such slice']]
+
+STORE = """
+const model = {at: {}, ears: {}, sent: [], get(k) { return this.at[k]; }, on(e, f) { (this.ears[e] ||= []).push(f); }, off() {},
+  set(k, v) { if (JSON.stringify(this.at[k]) === JSON.stringify(v)) return; this.at[k] = v; for (const f of this.ears[`change:${k}`] || []) f(); }, save_changes() { this.sent.push({...this.at}); }};
+const store = new TraitStore(model, ['selected'], 20), heard = []; store.on(k => heard.push(store.get(k)[0]));
+store.set('selected', [1]); await new Promise(r => setTimeout(r, 40));
+store.set('selected', [2]); model.set('selected', [1]);                                          // the echo of what was told before
+const between = store.get('selected')[0]; await new Promise(r => setTimeout(r, 40));
+model.set('selected', [3]);                                                                      // Python's own wish, when nothing waits
+console.log(JSON.stringify({between, heard, sent: model.sent.map(s => s.selected[0]), last: store.get('selected')[0]}));
+"""
+
+@pytest.mark.skipif(not shutil.which('node'), reason='node is not installed')
+def test_an_echo_does_not_take_back_what_the_hand_has_done_since(tmp_path):
+    (tmp_path/'s.mjs').write_text(asset('page.js') + STORE, encoding='utf-8')
+    said = json.loads(subprocess.run(['node', str(tmp_path/'s.mjs')], capture_output=True, text=True, check=True).stdout)
+    assert said['between'] == 2 and said['sent'] == [1, 2] and said['last'] == 3 and said['heard'] == [1, 2, 2, 3]
