@@ -75,6 +75,8 @@ def run_stage(model: PetVLM, stage: Stage, items, collate, work: Path, seed: int
     names = set_trainable(model, stage.train)
     if checkpointing: model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})
     args = arguments(stage, work, seed, save_steps, sharding(model) if sharded else None, deepspeed)
+    if sharded:
+        for p in model.parameters(): p.data = p.data.contiguous()             # FSDP2 cuts no channels-last weights
     if sharded and (numbers := loose(model)): args.fsdp_plugin_args['ignored_modules'] = numbers
     args._n_gpu = min(args.n_gpu, 1)                        # one process, one card: never DataParallel, which would multiply the batch
     trainer = (ShardedOnCPU if sharded and args.use_cpu else StageTrainer)(model=model, args=args, train_dataset=items, data_collator=collate,
