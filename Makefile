@@ -10,7 +10,7 @@
 # make lab              JupyterLab
 # make docs             notebooks, how-tos and a page per module as HTML in _docs/, which opens from disk without network
 # make study DICOM=folder  a real PET/CT folder -> one HTML page, with a draft of POINT (vipet)
-# make clean            deletes what was trained (runs, reports)
+# make clean            deletes what was trained and what served models have answered (runs, reports)
 PYTHON ?= python3
 VENV   ?= .venv
 SCALE  ?=

@@ -138,13 +138,13 @@ METHODS = {'fixed': None, 'percent41': .41, 'percent50': .5, 'percist': None, 'i
 MARGIN_MM = 20.
 _NEIGHBOURS = np.ones((3, 3, 3), bool)                        # 26-connected: a focus that touches at a corner is one focus
 
-def _wide(box: tuple[slice, ...], mm: float, spacing) -> tuple[slice, ...]:
-    "`box` with `mm` more on every side."
-    return tuple(slice(max(0, s.start - p), s.stop + p) for s, p in zip(box, (int(np.ceil(mm/v)) for v in spacing)))
+def _wide(box: tuple[slice, ...], mm: float, spacing, shape) -> tuple[slice, ...]:
+    "`box` with `mm` more on every side, within `shape`."
+    return tuple(slice(max(0, s.start - p), min(n, s.stop + p)) for s, n, p in zip(box, shape, (int(np.ceil(mm/v)) for v in spacing)))
 
 def _nearest(seeds: np.ndarray, box: tuple[slice, ...], spacing) -> np.ndarray:
     "The nearest seed of every voxel of `box`, among those that reach into twice `MARGIN_MM` around it."
-    wide = _wide(box, 2*MARGIN_MM, spacing); part = seeds[wide]
+    wide = _wide(box, 2*MARGIN_MM, spacing, seeds.shape); part = seeds[wide]
     at = ndi.distance_transform_edt(part == 0, sampling=spacing, return_distances=False, return_indices=True)
     return part[tuple(at)][tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide))]
 
@@ -153,8 +153,7 @@ def _redraw(suv, seeds, fraction: float, spacing) -> np.ndarray:
     out = np.zeros_like(seeds); boxes = ndi.find_objects(seeds)
     tops = ndi.maximum_position(suv, seeds, np.arange(1, len(boxes)+1)) if boxes else []
     for k, (top, box) in enumerate(zip(tops, boxes), 1):
-        wide = _wide(box, MARGIN_MM, spacing)
-        wide = tuple(slice(s.start, min(s.stop, n)) for s, n in zip(wide, seeds.shape))
+        wide = _wide(box, MARGIN_MM, spacing, seeds.shape)
         parts, _ = ndi.label((suv[wide] >= fraction*suv[top]) & (_nearest(seeds, wide, spacing) == k), _NEIGHBOURS)
         out[wide][parts == parts[tuple(t - w.start for t, w in zip(top, wide))]] = k
     return out
