@@ -40,7 +40,7 @@ __all__ = ['log', 'QUESTIONS', 'TASKS', 'SINGLE', 'NUMBERS', 'PACKAGES', 'OF_PET
            'answers', 'number_accuracy', 'revision', 'sources', 'provenance', 'card', 'trained', 'pairs_of',
            'evaluate_point', 'summary', 'draft_report']
 
-# %% ../nbs/35_evaluate.ipynb #1ef0def8
+# %% ../nbs/35_evaluate.ipynb #3056dd12
 class Asked(NamedTuple):
     "One question: about which row, with which reference answer, in which category."
     row: int
@@ -66,6 +66,7 @@ def arms(cfg: Config, task: str) -> list[str]:
     both = len(cfg.inputs) > 1 or cfg.data.kind == 'lesions'
     return [a for a in ARMS if both or a not in SINGLE] + ['constant'] + ['measured']*(cfg.data.kind == 'lesions' and cfg.data.source.kind == 'phantom')      # rows of other sources hold no measurements
 
+# %% ../nbs/35_evaluate.ipynb #adf06b49
 def _offered(record: dict) -> list[dict]:
     "The closed questions of a record with their choices and right answers, as asked without choices."
     return [o | {'choices': c['choices']} for o, c in zip(record['open'], record['closed'])]
@@ -81,6 +82,7 @@ def constant(rows: Rows, cfg: Config, task: str, questions: list[Asked]) -> list
     for q in QUESTIONS[task](Rows(rows.folder, 'train'), cfg): said.setdefault(q.group, Counter())[q.answer] += 1
     return [said[q.group].most_common(1)[0][0] if q.group in said else '' for q in questions]
 
+# %% ../nbs/35_evaluate.ipynb #095d8828
 def with_measured(text: str, record: dict, language: str) -> str:
     "A lesion's text with its numbers measured from PET and mask. The size of an effusion stays as generated: reports give its depth, the mask its length."
     effusion = parse_lesion(text, language).kind == 'effusion'                          # what the text says it is: nobody knows better who uses it
