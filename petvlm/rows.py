@@ -36,6 +36,7 @@ class RowKind(NamedTuple):
 XRAY_REQUESTS = {'en': ('Generate the report of this chest X-ray.', 'What do the two views show?', 'Report on these chest radiographs.'), 'vi': ('Hãy viết báo cáo cho phim X-quang ngực này.', 'Phim ngực cho thấy gì?', 'Mô tả phim X-quang ngực.')}
 
 def _ask_report(rng: np.random.Generator, language: str, record: dict) -> str: return report_request(rng, language)
+def _ask_scan(rng: np.random.Generator, language: str, record: dict) -> str: return report_request(rng, language).replace('PET/CT', 'CT')
 def _lesion(text: str, language: str) -> list[Finding]: return [f for f in (parse_lesion(text, language).finding,) if f]
 def _ask_radiograph(rng: np.random.Generator, language: str, record: dict) -> str: return pick(rng, XRAY_REQUESTS[language])
 def _clear(region: str, language: str) -> str: return radiograph_report((), 0, language)[0]
@@ -43,7 +44,7 @@ def _normal(region: str, language: str) -> str: return write_report((), region, 
 
 KINDS = {
     'regions': RowKind(region_rows, ('pet', 'ct'), _ask_report, parse_report, _normal),
-    'scans': RowKind(scan_rows, ('ct',), _ask_report, parse_report, None),
+    'scans': RowKind(scan_rows, ('ct',), _ask_scan, parse_report, None),
     'lesions': RowKind(lesion_rows, (), ask_record, _lesion, None),
     'radiographs': RowKind(radiograph_rows, ('xray',), _ask_radiograph, parse_report, _clear)}
 

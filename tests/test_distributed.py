@@ -187,7 +187,7 @@ def test_torchrun_writes_the_node_of_one_process(tmp_path):
     make_tokenizer(prepare(jobs, where.prepared(cfg.data), cfg.data, workers=1))
     for name in ('two', 'shard'): shutil.copytree(where.runs, tmp_path/name/'runs/smoke')
     run = lambda cmd, root: subprocess.run(cmd, env=os.environ | {'PETVLM_ROOT': str(root), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, cwd=root, capture_output=True, text=True, timeout=300)
-    for node in ('vipet.lm_list', 'vipet.lm'):
+    for node in ('vipet.lm_list', 'vipet.lm_report'):
         for cmd, root in (([sys.executable, '-m', 'petvlm.train', node, '--scale', 'smoke'], tmp_path/'one'), (command('petvlm.train', [node, '--scale', 'smoke'], 2), tmp_path/'two'), (command('petvlm.train', [node, '--scale', 'smoke', '--shard'], 2), tmp_path/'shard')):
             done = run(cmd, root); assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         a, *others = (load_file(tmp_path/k/'runs/smoke/train'/node/'delta.safetensors') for k in ('one', 'two', 'shard'))

@@ -20,7 +20,7 @@ from petvlm.volume import region_bounds, write_nifti
 ROOT = Path(__file__).parents[1]
 VI = 'Nốt phổi trái kích thước 12 mm, tăng chuyển hóa FDG, SUVmax: 5,2.'
 HEAD = 'study,region,language,text,patient,split'
-KEPT = {k: None for k in ('lm_list', 'lm', 'pretrain_pet', 'pretrain_ct', 'clip_pet', 'clip_ct', 'fusion', 'instruct')} | {'projection': {'objective': {'match': 0}}}
+KEPT = {k: None for k in ('lm_list', 'lm_report', 'lm', 'pretrain_pet', 'pretrain_ct', 'clip_pet', 'clip_ct', 'fusion', 'instruct')} | {'projection': {'objective': {'match': 0}}}
 
 def point(system='vipet', scale='smoke', stages=KEPT, judged=('report',), **data):
     "A point of `system` on data from outside, as an ablation would make it."
@@ -296,7 +296,7 @@ def test_m3d_rows_and_their_tasks(tmp_path):
     for n in 'abcd': (tmp_path/n).mkdir(); np.save(tmp_path/f'{n}/1.npy', np.random.default_rng(ord(n)).random((1, 8, 12, 12), np.float32)); (tmp_path/f'{n}/t.txt').write_text('' if n == 'd' else 'A nodule in the left lung.')
     e = lambda n: {'image': f'{n}/1.npy', 'text': f'{n}/t.txt'}
     (tmp_path/'c.json').write_text(json.dumps({'train': [e('a'), e('d')], 'validation': [e('b')], 'test': [e('c')]}))
-    left = {'lm_list': None, 'lm': None, 'pretrain_ct': None, 'contrast': {'objective': {'sites_ct': 0}}, 'projection': {'objective': {'match': 0}}}
+    left = {'lm_list': None, 'lm_report': None, 'lm': None, 'pretrain_ct': None, 'contrast': {'objective': {'sites_ct': 0}}, 'projection': {'objective': {'match': 0}}}
     make = lambda stages, judged: point('med3dvlm', stages=merge(left, stages), judged=judged, source={'kind': 'm3d', 'args': {'path': str(tmp_path/'c.json')}})
     silent = {k: {'tasks': ['report']} for k in ('projection', 'instruct')}
     with pytest.raises(ConfigError, match=r"tasks \['closed', 'open'\] need questions"): fits(make({}, ['report']))

@@ -38,7 +38,7 @@ def test_dvcs_plan_holds_replicates_beside_everything_it_held():
     before, after = (yaml.safe_load(plan_text(p)) for p in (listed(beside=('vipet', 'no_reg')), listed('vipet~2', beside=('vipet', 'no_reg'))))
     for part in before: assert {k: v for k, v in after[part].items() if '~' not in k} == before[part]
     assert set(after['points']) - set(before['points']) == {'vipet~2'} and after['points']['vipet~2']['last'].endswith('/train/vipet~2.instruct') and after['datasets'] == before['datasets']
-    assert after['nodes']['vipet~2.lm']['after1'].endswith('/train/vipet~2.lm_list')
+    assert after['nodes']['vipet~2.lm']['after1'].endswith('/train/vipet~2.lm_report')
 
 @pytest.mark.parametrize('point', ['vipet~', 'vipet~1', 'vipet~0', 'vipet~02', 'vipet~x', 'vipet~2~3', '~2', 'vipet~-2', 'vipet~２'])
 def test_marks_that_mean_nothing(point):

@@ -29,7 +29,7 @@ def batches(rows, tokenizer, stage, model, cfg=CFG, processor=None):
 
 # The paper: CLIP tunes each encoder with its text tower (3.2.1), then the fusion module; only the projection (3.2.2); projection and LoRA (3.2.3).
 # `latent` are CLIP's projections to the shared space. `heads`, `truth`, the lm and pretrain stages, and the projection in fusion are the phantom's stand-in for published weights.
-MOVES = {'lm_list': {'lm', 'truth'}, 'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
+MOVES = {'lm_list': {'lm', 'truth'}, 'lm_report': {'lm', 'truth'}, 'lm': {'lm', 'truth'}, 'pretrain_pet': {'encode.pet', 'heads.pet'}, 'pretrain_ct': {'encode.ct', 'heads.ct'},
          'clip_pet': {'encode.pet', 'text.pet', 'latent.pet'}, 'clip_ct': {'encode.ct', 'text.ct', 'latent.ct'},
          'fusion': {'fuse', 'text.full', 'latent.full', 'heads.full', 'project'}, 'projection': {'project'}}
 
