@@ -254,7 +254,7 @@ def table(a, seconds, peaks, waits, wanted):
     for step in a.steps:
         w = {x['way']: x for x in waits if x['step'] == step}
         out.append(line(f'wait for a batch of {a.batch} regions beside steps of {step:g} s, one worker', ('CacheDataset', w['CacheDataset']['median']), ('petvlm', w['petvlm']['median']), None, bar='none (at most 2 % of a step)', met=w['petvlm']['median'] <= .02*step,
-                        note='one worker on a core that it shares with what else runs (see the load): a batch takes it longer than a step; more workers share the batches among them, as many as the lines below say'))
+                        note=f"CacheDataset, whose worker computes nothing, waits {w['CacheDataset']['median']:.3f} s: handing {len(INPUTS)*4*a.batch*a.shape[0]*a.shape[1]*a.shape[2]/1e6:.0f} MB over and releasing the batch before, beside a card the work of another thread"))
     out += [line(f"a card at 40 % of its peak never waits: {x['stage']}", ('one core, per item', x['core_seconds_per_item']), ('card, per item', x['card_seconds_per_item']), None, bar='worker cores a card needs', note=f"{x['cores_per_card']:.1f} cores; {x['stored_gb_per_second']:.1f} GB/s of float16 from disk or page cache; arithmetic from the measured voxels per second, no card was at hand") for x in wanted]
     return out
 
