@@ -44,8 +44,7 @@ def skeleton(cfg: Config, words: int = 1024) -> PetVLM:
     if name not in SIZES: raise BlueprintError(f"{cfg.point}: sizes of {name!r} are not known, expected one of {sorted(SIZES)}; add the fields of its config.json to SIZES")
     fields = {'tie_word_embeddings': False} | SIZES[name]
     with torch.device('meta'):
-        torch.empty(0)               # torch notes once what a device may place; noted later, while transformers replaces `linspace`, it would miss that one
-        return build(cfg, Vocabulary(fields['vocab_size']), labels=_labels(cfg), lm=AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).eval()
+        return build(cfg, Vocabulary(fields['vocab_size']), labels=_labels(cfg), lm=AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).to('meta').eval()       # after a `from_pretrained`, torch overlooks transformers' `linspace`
 
 # %% ../nbs/21c_blueprint.ipynb #42569ada
 def parts_of(model: PetVLM) -> dict[str, nn.Module]:

@@ -53,10 +53,9 @@ def skeleton(cfg: Config) -> PetVLM:
     if name and name not in SIZES: raise ConfigError(f"lm: the sizes of {name} are not known here; add its config.json to petvlm.memory.SIZES")
     labels = len(LABELS) if any(o.startswith(('sites', 'match')) or s.images == 'truth' for s in cfg.stages.values() for o, w in s.objective.items() if w) else 0
     with torch.device('meta'):
-        torch.empty(0)                             # torch notes once what a device may place
-        if name is None: return build(cfg, Vocabulary(), labels)
+        if name is None: return build(cfg, Vocabulary(), labels).to('meta')        # after a `from_pretrained`, torch overlooks transformers' `linspace`
         fields = {'tie_word_embeddings': False} | SIZES[name]
-        return build(cfg, Vocabulary(fields['vocab_size']), labels, AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)))
+        return build(cfg, Vocabulary(fields['vocab_size']), labels, AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).to('meta')
 
 # %% ../nbs/20d_memory.ipynb #aabcc87d
 def _conv_back(grad, x, weight, *rest, **kw) -> int:

@@ -58,6 +58,15 @@ def test_weights_gradients_and_moments():
     f = footprint(cfg, dataclasses.replace(cfg.stages['projection'], batch=2), amp=False, text=50)
     assert (f.weights, f.gradients, f.optimizer, f.copies) == (4*every, 4*projector, 8*projector, 0)
 
+def test_a_skeleton_has_no_numbers_after_a_load(monkeypatch):
+    "torch notes at the first device context which functions a device may place. Loading a model with transformers is one, and replaces `linspace` meanwhile."
+    noted = torch.utils._device._device_constructors
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'linspace', lambda *a, **kw: None); noted.cache_clear()
+        with torch.device('meta'): torch.empty(0)
+    try: assert {p.device.type for p in skeleton(of('vipet', 'phantom')).parameters()} == {'meta'}
+    finally: noted.cache_clear()
+
 @pytest.mark.slow
 def test_a_hubs_language_model_lies_in_two_bytes_and_adapters_in_four():
     cfg = of('med3dvlm', 'paper')
