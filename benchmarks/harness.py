@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+LEFT_OUT = 4       # exit status of a benchmark whose data are not there; it has said which
 LIMIT = 'seconds after which nothing more is begun: what has been measured by then is written'
 
 # ---- options, machine, results
