@@ -3,7 +3,7 @@
     dvc repro prepare                # once: what the stages read
     python benchmarks/stages.py
 
-Ways: `plain` items in the order in which they are drawn, convolution weights (not their input) as PyTorch lays them, glibc as it is; `petvlm` batches of like length where a language model is taught (`petvlm.trainer.by_length`), convolution weights channels-last,
+Ways: `plain` items in the order in which they are drawn, convolutions (weights and what they read) as PyTorch lays them, glibc as it is; `petvlm` batches of like length where a language model is taught (`petvlm.trainer.by_length`), convolutions channels-last,
 freed memory kept (`petvlm.tasks.HELD`). The items are the same: `--windows` windows of 16 batches, after one that is not counted. Each measure is a process of its own and counts its own time; ways and stages in turn. Stages begin from fresh weights, which cost a step the same.
 """
 import csv, dataclasses, json, os, subprocess, sys, tempfile, time
@@ -22,7 +22,21 @@ def slowest(n=3): return [k.removeprefix('train-') for k in spent() if k.startsw
 
 
 WHY = ["a language model's step is matrix products (half of it), attention (a sixth), norms and activations, on a CPU without AVX-512 or bfloat16 units; what could be saved was padding: texts of a batch are of like length now. Between windows of 16 batches nothing is moved, so that a stage sees the same items in nearly the same order.",
-       "an encoder's step is its stem: three-dimensional convolutions of one channel to a few (two fifths to a half). Their input lies channels-last both ways here (the first one of 8 volumes of 24 x 32 x 32, forward and back: 59 ms as PyTorch lays it, 22 so); their weights are worth 7 to 17 % of a step of CT-ViT and DCFormer and nothing for PETAR's small volumes. What is left is the number of steps; fewer cost findings (README)."]
+       "an encoder's step is its stem: three-dimensional convolutions of one channel to a few (two fifths to a half). Channels-last they are worth what the lines say (the first one of 8 volumes of 24 x 32 x 32, forward and back: 59 ms as PyTorch lays it, 22 so). What is left is the number of steps; fewer cost findings (README)."]
+
+
+def as_laid(model):
+    "Convolutions of `model` in the layout that PyTorch gives them, weights and what stems read."
+    import torch
+    from torch.nn import functional as F
+    from petvlm import stem
+    def forward(self, x):
+        x = torch.cat([x, stem._places(x.shape[2:], x.device).to(x.dtype).expand(len(x), -1, -1, -1, -1)], 1)
+        for conv, stride in zip(self.convs, self.strides): x = F.gelu(F.max_pool3d(conv(x), stride))
+        return self.out(x.permute(0, 2, 3, 4, 1))
+    stem.ConvStem.forward = forward
+    for m in model.modules():
+        if isinstance(m, torch.nn.Conv3d): m.to(memory_format=torch.contiguous_format)
 
 
 def measure(node, way, windows):
@@ -41,9 +55,7 @@ def measure(node, way, windows):
     tokenizer = AutoTokenizer.from_pretrained(prepared/'tokenizer')
     model = build(cfg, tokenizer)
     if stage.lora: model.adapt(cfg.lora)
-    if way == 'plain':
-        for m in model.modules():
-            if isinstance(m, torch.nn.Conv3d): m.to(memory_format=torch.contiguous_format)
+    if way == 'plain': as_laid(model)
     processor = PetVLMProcessor(tokenizer, image_count(stage, model))
     images = images_read(model, cfg, stage)
     items = Items(Rows(prepared, stage.split, cfg.data.suv_max), stage.steps*stage.batch, cfg.seed, images, stage.lattice or model.lattices, head_lattices(model, stage), stage.tasks, ask(cfg.data), cfg.data.shift)
